@@ -1,0 +1,71 @@
+// What a kernel is to the rest of the program: raw pointers, sizes, strides in elements. Nothing here knows torch.
+#pragma once
+
+#include <cstdint>
+
+namespace vitkd {
+
+enum class DType : int32_t { float32, bfloat16, float16, float64 };
+
+// out = softmax(scale * q k^T) v for every batch entry and head.
+struct Attention {
+  DType dtype;
+  int64_t batch, tokens, heads, head_dim;
+  double scale;
+  const void* qkv;        // (batch, tokens, 3, heads, head_dim), head_dim contiguous
+  int64_t qkv_stride[4];  // of batch, tokens, 3, heads
+  void* out;              // (batch, tokens, heads, head_dim), contiguous
+};
+
+struct AttentionBackward {
+  DType dtype;
+  int64_t batch, tokens, heads, head_dim;
+  double scale;
+  const void* qkv;             // as above
+  int64_t qkv_stride[4];
+  const void* grad_out;        // (batch, tokens, heads, head_dim), head_dim contiguous
+  int64_t grad_out_stride[3];  // of batch, tokens, heads
+  void* grad_qkv;              // (batch, tokens, 3, heads, head_dim), contiguous
+};
+
+enum class KDKind : int32_t { kl, reverse_kl, js, l1, mse };
+
+// One loss per row of logits and, in the same sweep, its gradients.
+// kl: T^2 KL(teacher || student), reverse_kl: T^2 KL(student || teacher),
+// js: T^2 (KL(teacher || m) + KL(student || m)) / 2 with m the mean of both, all on softmax(logits / T);
+// l1, mse: mean over the classes of |s - t| and (s - t)^2.
+struct KDLoss {
+  DType dtype;
+  KDKind kind;
+  int64_t rows, classes;
+  double temperature;
+  const void* student;     // (rows, classes), classes contiguous
+  int64_t student_stride;  // of rows
+  const void* teacher;
+  int64_t teacher_stride;
+  void* loss;          // (rows,), float; double when dtype is float64
+  void* student_grad;  // d loss[row] / d student, (rows, classes) contiguous in dtype, or null when not wanted
+  void* teacher_grad;
+};
+
+namespace cpu {
+
+// Calls body(begin, end, context) on pieces of [0, count), on the caller's threads.
+using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+
+void attention(const Attention&, ParallelFor);
+void attention_backward(const AttentionBackward&, ParallelFor);
+void kd_loss(const KDLoss&, ParallelFor);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Each queues its work on a cudaStream_t and returns null, or says what went wrong.
+const char* attention(const Attention&, void* stream);
+const char* attention_backward(const AttentionBackward&, void* stream);
+const char* kd_loss(const KDLoss&, void* stream);
+
+}  // namespace cuda
+
+}  // namespace vitkd

@@ -1,0 +1,101 @@
+"""Multi-head self-attention on a packed qkv: what a ViT block does between its two linear layers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd_fast.ops._library import autocast_dtype, define, differentiate, forbid_double_backward
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEAD_DIM = 128  # of the fused kernels; wider heads go to torch's scaled_dot_product_attention
+
+
+def attention_formula(qkv: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v in plain torch ("Attention Is All You Need", eq. 1): what every kernel must match."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
+    weights = torch.softmax(query @ key.mT * scale, dim=-1)  # (B, H, N, N)
+    return (weights @ value).transpose(1, 2).flatten(2)  # (B, N, H*D)
+
+
+def attention_backward_formula(grad_out: Tensor, qkv: Tensor, scale: float) -> Tensor:
+    """The gradient of `attention_formula` with respect to qkv, written out."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    grad_out = grad_out.unflatten(2, qkv.shape[3:]).transpose(1, 2)  # (B, H, N, D)
+    weights = torch.softmax(query @ key.mT * scale, dim=-1)
+    grad_weights = grad_out @ value.mT
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    grads = grad_scores @ key, grad_scores.mT @ query, weights.mT @ grad_out
+    return torch.stack(grads).permute(1, 3, 0, 2, 4).contiguous()  # (B, N, 3, H, D)
+
+
+define(
+    "attention(Tensor qkv, float scale) -> Tensor",
+    formula=attention_formula,
+    fake=lambda qkv, scale: qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4]),
+)
+define(
+    "attention_backward(Tensor grad_out, Tensor qkv, float scale) -> Tensor",
+    formula=attention_backward_formula,
+    fake=lambda grad_out, qkv, scale: qkv.new_empty(qkv.shape),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, ctx.scale = inputs
+    ctx.save_for_backward(qkv)
+
+
+def _backward(ctx, grad_out):
+    (qkv,) = ctx.saved_tensors
+    return torch.ops.vitkd.attention_backward(grad_out, qkv, ctx.scale), None
+
+
+differentiate("attention", _backward, _setup_context)
+forbid_double_backward("attention_backward")
+
+
+def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """Self-attention of a ViT block: softmax(scale * q kᵀ) v, per head, without an N×N matrix in memory.
+
+    Args:
+        qkv: (B, N, 3, H, D), the output of a block's qkv linear, viewed; any strides. float32, bfloat16 or float16;
+            float64 on the CPU. Under autocast it is cast to autocast's dtype first, as torch's attention does.
+        scale: what the scores are multiplied by; D ** -0.5 when None.
+
+    Returns:
+        (B, N, H*D) in qkv's dtype (autocast's under autocast), contiguous, ready for the output projection.
+
+    Raises:
+        ValueError: qkv is not (B, N, 3, H, D) with N, H, D >= 1.
+        TypeError: qkv's dtype is none of the above.
+
+    Heads wider than 128 are computed by torch's scaled_dot_product_attention. The gradient is deterministic and has no
+    second derivative. Source: Vaswani et al. 2017, eq. 1.
+    """
+    _check(qkv)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    qkv = qkv.to(autocast_dtype(qkv))
+    if fallback_reason(qkv.device.type, qkv.dtype, qkv.shape[-1]) is None:
+        return torch.ops.vitkd.attention(qkv, scale)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+
+
+def fallback_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why attention of this kind goes to torch's scaled_dot_product_attention; None when the fused op takes it."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
+    if device == "cuda" and dtype is torch.float64:
+        return "the CUDA kernels have no float64"
+    return None
+
+
+def _check(qkv: Tensor) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[1:]:
+        raise ValueError(
+            f"qkv must be (batch, tokens, 3, heads, head_dim) with at least one token, head and channel; got shape "
+            f"{tuple(qkv.shape)}. From a (B, N, 3*C) linear: qkv.view(B, N, 3, heads, C // heads)."
+        )
+    if qkv.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"qkv has dtype {str(qkv.dtype).removeprefix('torch.')}; accepted: {accepted}. Cast it first.")

@@ -1,0 +1,181 @@
+"""Distillation losses between two sets of logits, with gradients to both: the student learns, the generator disagrees."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vitkd_fast.ops._library import define, differentiate
+
+Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
+Reduction = Literal["batchmean", "none"]
+KINDS: tuple[str, ...] = get_args(Kind)  # the order is the kernels' enum
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def kd_rows_formula(student: Tensor, teacher: Tensor, kind: Kind, temperature: float) -> Tensor:
+    """The loss of each row, (B,), in plain differentiable torch: what every kernel must match."""
+    if kind == "l1":
+        return (student - teacher).abs().mean(-1)
+    if kind == "mse":
+        return (student - teacher).square().mean(-1)
+    log_q = torch.log_softmax(student / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    if kind == "kl":
+        rows = _kl(log_p, log_q)
+    elif kind == "reverse_kl":
+        rows = _kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        rows = (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+    return rows * temperature**2
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kd_grads_formula(student: Tensor, teacher: Tensor, kind: Kind, temperature: float) -> tuple[Tensor, Tensor]:
+    """The gradients of `kd_rows_formula` with respect to both logits, (B, C) each, written out."""
+    if kind in ("l1", "mse"):
+        difference = student - teacher
+        grad = (difference.sign() if kind == "l1" else 2 * difference) / student.shape[-1]
+        return grad, -grad
+    log_q = torch.log_softmax(student / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "kl":
+        grads = q - p, _weigh(p, log_p - log_q)
+    elif kind == "reverse_kl":
+        grads = _weigh(q, log_q - log_p), p - q
+    else:
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        grads = _weigh(q, log_q - log_m) / 2, _weigh(p, log_p - log_m) / 2
+    return grads[0] * temperature, grads[1] * temperature
+
+
+def _weigh(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """d KL(p || m) / d logits of p, where log_ratio = log p - log m and m does not depend on p to first order."""
+    return p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
+
+
+def kd_loss_formula(
+    student: Tensor, teacher: Tensor, kind: int, temperature: float, student_grad: bool, teacher_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in plain torch: each row's loss, and its gradients where wanted (empty where not)."""
+    precise = student.to(_row_dtype(student)), teacher.to(_row_dtype(teacher))
+    rows = kd_rows_formula(*precise, KINDS[kind], temperature)
+    grads = student.new_empty(0), teacher.new_empty(0)
+    if student_grad or teacher_grad:
+        both = kd_grads_formula(*precise, KINDS[kind], temperature)
+        grads = tuple(
+            grad.to(student.dtype) if wanted else empty
+            for grad, empty, wanted in zip(both, grads, (student_grad, teacher_grad))
+        )
+    return rows, *grads
+
+
+def _fake(student, teacher, kind, temperature, student_grad, teacher_grad):
+    return (
+        student.new_empty(student.shape[0], dtype=_row_dtype(student)),
+        student.new_empty(student.shape if student_grad else (0,)),
+        teacher.new_empty(teacher.shape if teacher_grad else (0,)),
+    )
+
+
+def _row_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype is torch.float64 else torch.float32
+
+
+define(
+    "kd_loss(Tensor student, Tensor teacher, int kind, float temperature, bool student_grad, bool teacher_grad)"
+    " -> (Tensor rows, Tensor student_grad, Tensor teacher_grad)",
+    formula=kd_loss_formula,
+    fake=_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    _, student_grad, teacher_grad = output
+    ctx.mark_non_differentiable(student_grad, teacher_grad)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(student_grad, teacher_grad)
+
+
+def _backward(ctx, grad_rows, *_):
+    if grad_rows is None:
+        return (None,) * 6
+    grads = (
+        (grad * grad_rows.unsqueeze(1)).to(grad.dtype) if needed else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
+    )
+    return *grads, None, None, None, None
+
+
+differentiate("kd_loss", _backward, _setup_context)
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    kind: Kind = "kl",
+    temperature: float = 1.0,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
+    """Distillation loss between student and teacher logits, loss and gradients from one sweep.
+
+    Args:
+        student_logits, teacher_logits: (B, C), float32, bfloat16, float16 or (CPU) float64; different dtypes are
+            promoted. Each receives a gradient if it requires one: the adversarial generator differentiates both.
+        kind: with p, q the softmax of teacher and student logits divided by the temperature T,
+            "kl" T² KL(p ‖ q) (Hinton et al. 2015); "reverse_kl" T² KL(q ‖ p); "js" T² (KL(p ‖ m) + KL(q ‖ m)) / 2 with
+            m = (p + q) / 2 (Yin et al. 2020); "l1" and "mse": mean over the classes of |s - t| (Fang et al. 2019) and
+            (s - t)² of the raw logits, for which temperature must stay 1.
+        temperature: T > 0.
+        reduction: "batchmean" (the mean over rows) or "none" (each row's loss).
+
+    Returns:
+        A scalar or (B,), in float32 (float64 for float64 logits) whatever the logits' dtype. In nats.
+
+    Raises:
+        ValueError: shapes that are not equal and (B, C) with C >= 1, an unknown kind or reduction, a bad temperature.
+        TypeError, RuntimeError: a dtype that is none of the above, logits on different devices.
+    """
+    _check(student_logits, teacher_logits, kind, temperature, reduction)
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    grad = torch.is_grad_enabled()
+    rows, _, _ = torch.ops.vitkd.kd_loss(
+        student_logits.to(dtype),
+        teacher_logits.to(dtype),
+        KINDS.index(kind),
+        float(temperature),
+        grad and student_logits.requires_grad,
+        grad and teacher_logits.requires_grad,
+    )
+    return rows.mean() if reduction == "batchmean" else rows
+
+
+def _check(student: Tensor, teacher: Tensor, kind: str, temperature: float, reduction: str) -> None:
+    if student.dim() != 2 or student.shape != teacher.shape or student.shape[1] == 0:
+        raise ValueError(
+            f"student_logits and teacher_logits must both be (batch, classes) with at least one class; got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in DTYPES:
+            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{name} has dtype {str(logits.dtype).removeprefix('torch.')}; accepted: {accepted}.")
+    if student.device != teacher.device:
+        raise RuntimeError(
+            f"student_logits is on {student.device} and teacher_logits on {teacher.device}; move one to the other."
+        )
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}.")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}; accepted: {', '.join(get_args(Reduction))}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    if kind in ("l1", "mse") and temperature != 1:
+        raise ValueError(f"kind {kind!r} compares raw logits, so temperature has no meaning there; leave it at 1.")
