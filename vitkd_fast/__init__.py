@@ -1,6 +1,7 @@
-"""Compress a Vision Transformer without its training data."""
+"""Compress a Vision Transformer without its training data: fused kernels under a data-free distillation loop."""
 
-from vitkd_fast import ops
+from vitkd_fast import backends, ops
+from vitkd_fast._version import __version__
+from vitkd_fast.doctor import doctor
 
-__version__ = "0.1.0"
-__all__ = ["ops"]
+__all__ = ["__version__", "backends", "doctor", "ops"]

@@ -9,11 +9,13 @@ from collections.abc import Callable
 import torch
 
 LIBRARY = torch.library.Library("vitkd", "DEF")
+OPS: list[str] = []  # the names of all that is defined
 
 
 def define(schema: str, formula: Callable, fake: Callable) -> None:
     """Define an op: its schema, its plain-torch formula (any device) and the shapes of what it returns."""
     name = schema.split("(", 1)[0]
+    OPS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitkd::{name}", fake, lib=LIBRARY)

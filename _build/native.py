@@ -1,0 +1,161 @@
+"""The native libraries as a ninja build: what is compiled, with which flags, into what."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from environment import find_torch
+
+# The Stable ABI of torch 2.10: later versions load what is built here, whichever of them it is built against.
+TORCH_TARGET = "0x020a000000000000"
+
+# Every CPU kernel is compiled once per instruction set, into a namespace of that name; dispatch.cpp chooses.
+INSTRUCTION_SETS = {"portable": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": "-mavx2 -mfma -mf16c",
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+    }
+ONCE = ("dispatch.cpp", "isa.cpp")
+
+# Ampere, Ada (which runs code for 8.6), Hopper, Blackwell; PTX for what comes after.
+CUDA_ARCHITECTURES = "8.0 8.6 9.0 10.0 12.0+PTX"
+
+
+class BuildError(SystemExit):
+    """Something that the person who builds can mend; pip shows the text."""
+
+
+@dataclass
+class Library:
+    link: str  # the linking command without its inputs
+    flags: str = ""
+    objects: list[tuple[str, Path, str]] = field(default_factory=list)  # ninja rule, source, flags
+
+
+def library_names() -> list[str]:
+    return ["_C_cpu", "_facts", *(["_C_cuda"] if find_nvcc() else [])]
+
+
+def libraries(root: Path, build: Path) -> dict[str, Library]:
+    """The libraries by name, `root` being the checkout and `build` the folder for what is made on the way."""
+    torch = find_torch()
+    if torch is None:
+        raise BuildError("There is no torch >= 2.10 here to build against: install it, or drop --no-build-isolation.")
+    cxx = os.environ.get("CXX", "c++")
+    if shutil.which(cxx.split()[0]) is None:
+        raise BuildError(f"There is no C++ compiler {cxx!r}: install g++ or clang++, or name yours in CXX.")
+    nvcc = find_nvcc()
+    torch_headers = f"-isystem {torch.root}/include -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+    torch_library = f"-L{torch.root}/lib -ltorch_cpu"
+    csrc = [path for path in sorted((root / "csrc").glob("*.cpp")) if path.name != "facts.cpp"]
+
+    cpu = Library(f"{cxx} -shared", torch_library)
+    cpu.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cpu -DVITKD_KEY=CPU") for path in csrc]
+    for path in sorted((root / "kernels/cpu").glob("*.cpp")):
+        sets = {"": ""} if path.name in ONCE else INSTRUCTION_SETS
+        cpu.objects += [("cxx", path, f"-DVITKD_ISA={name} {flags}" if name else "") for name, flags in sets.items()]
+    found = {"_C_cpu": cpu}
+
+    architectures = cuda_architectures(nvcc) if nvcc else []
+    if nvcc:
+        # The stub stands for torch's CUDA library, which the torch at hand may lack; the loader finds the real one.
+        stub = build / "stub/libtorch_cuda.so"
+        cuda = Library(f"{nvcc} -shared -cudart static", f"{torch_library} -L{stub.parent} -ltorch_cuda")
+        cuda.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cuda -DVITKD_KEY=CUDA") for path in csrc]
+        codes = " ".join(code for architecture in architectures for code in gencode(architecture))
+        cuda.objects += [("nvcc", path, codes) for path in sorted((root / "kernels/cuda").glob("*.cu"))]
+        found["_C_cuda"] = cuda
+
+    pybind = find_spec("pybind11")
+    pybind_include = Path(pybind.origin).parent / "include" if pybind and pybind.origin else torch.root / "include"
+    facts = Library(f"{cxx} -shared")
+    made = f'-DVITKD_TORCH=\\"{torch.version}\\" -DVITKD_CUDA_ARCHITECTURES=\\"{"·".join(architectures)}\\"'
+    python_headers = f"-isystem {sysconfig.get_path('include')} -isystem {pybind_include}"
+    facts.objects += [
+        ("cxx", root / "csrc/facts.cpp", f"{python_headers} {made}"),
+        ("cxx", root / "kernels/cpu/isa.cpp", ""),
+    ]
+    return found | {"_facts": facts}
+
+
+def find_nvcc() -> str | None:
+    wish = os.environ.get("VITKD_CUDA", "")
+    if wish == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = (
+        shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    )
+    if nvcc is None and wish == "1":
+        raise BuildError(
+            "VITKD_CUDA=1, but there is no nvcc: put it on PATH, or name the toolkit's folder in CUDA_HOME."
+        )
+    return nvcc
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST; without it the GPUs at hand; without those the default, as far as this nvcc knows it."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if listed:
+        return listed
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        return sorted(set(subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split()))
+    except (OSError, subprocess.CalledProcessError):
+        known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+        wanted = CUDA_ARCHITECTURES.split()
+        return [architecture for architecture in wanted if f"compute_{digits(architecture)}" in known]
+
+
+def gencode(architecture: str) -> list[str]:
+    """'9.0' is machine code; '9.0+PTX' adds what later GPUs compile for themselves."""
+    n = digits(architecture)
+    codes = [f"-gencode=arch=compute_{n},code=sm_{n}"]
+    return [*codes, f"-gencode=arch=compute_{n},code=compute_{n}"] if architecture.endswith("+PTX") else codes
+
+
+def digits(architecture: str) -> str:
+    return architecture.removesuffix("+PTX").replace(".", "")
+
+
+def build(targets: dict[str, Path], found: dict[str, Library], folder: Path, verbose: bool) -> None:
+    """Compile and link each library to its target; ninja redoes only what changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc() or "nvcc"
+    common = (
+        "-O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+    )
+    lines = [
+        f"rule cxx\n  command = {cxx} -std=c++20 {common} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
+        f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d $flags"
+        " -c $in -o $out\n  depfile = $out.d",
+        "rule link\n  command = $link -o $out $in $flags",
+        f"rule stub\n  command = echo 'extern \"C\" void aoti_torch_get_current_cuda_stream() {{}}' |"
+        f" {cxx} -xc++ -shared -fPIC -Wl,-soname,libtorch_cuda.so - -o $out",
+        "build stub/libtorch_cuda.so: stub",
+    ]
+    for name, library in found.items():
+        objects = []
+        for number, (rule, source, flags) in enumerate(library.objects):
+            objects.append(f"{name}/{source.stem}.{number}.o")
+            lines.append(f"build {objects[-1]}: {rule} {source}\n  flags = {flags}")
+        needs = " | stub/libtorch_cuda.so" if name == "_C_cuda" else ""
+        lines.append(f"build {targets[name]}: link {' '.join(objects)}{needs}")
+        lines.append(f"  link = {library.link}\n  flags = {library.flags}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    runner = [sys.executable, "-m", "ninja"] if find_spec("ninja") else [shutil.which("ninja") or "ninja"]
+    try:
+        subprocess.check_call([*runner, "-C", str(folder), *jobs, *(["-v"] if verbose else [])])
+    except FileNotFoundError:
+        raise BuildError("There is no ninja: pip install ninja.") from None
+    except subprocess.CalledProcessError:
+        raise BuildError("The native libraries did not compile; the compiler's message is above.") from None

@@ -1,0 +1,54 @@
+// The one choice of instruction set: made at the first call, the same for every kernel.
+#include <cstring>
+
+#include "../kernels.h"
+#include "isa.h"
+
+namespace vitkd::cpu {
+
+#define VITKD_DECLARE(isa)                                     \
+  namespace isa {                                              \
+  void attention(const Attention&, ParallelFor);               \
+  void attention_backward(const AttentionBackward&, ParallelFor); \
+  void kd_loss(const KDLoss&, ParallelFor);                    \
+  }
+
+VITKD_DECLARE(portable)
+#if defined(__x86_64__)
+VITKD_DECLARE(avx2)
+VITKD_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Kernels {
+  decltype(&portable::attention) attention;
+  decltype(&portable::attention_backward) attention_backward;
+  decltype(&portable::kd_loss) kd_loss;
+};
+
+#define VITKD_KERNELS(isa) Kernels{isa::attention, isa::attention_backward, isa::kd_loss}
+
+Kernels choose() {
+#if defined(__x86_64__)
+  const char* isa = chosen_isa();
+  if (std::strcmp(isa, "avx512") == 0) return VITKD_KERNELS(avx512);
+  if (std::strcmp(isa, "avx2") == 0) return VITKD_KERNELS(avx2);
+#endif
+  return VITKD_KERNELS(portable);
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+void attention(const Attention& args, ParallelFor parallel_for) { kernels().attention(args, parallel_for); }
+void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) {
+  kernels().attention_backward(args, parallel_for);
+}
+void kd_loss(const KDLoss& args, ParallelFor parallel_for) { kernels().kd_loss(args, parallel_for); }
+
+}  // namespace vitkd::cpu

@@ -1,0 +1,30 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace vitkd::cpu {
+
+CpuFacts detect_cpu() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  // every CPU with AVX2 since Haswell has F16C; gcc 12 cannot be asked for it
+  return {avx2, avx512, avx512 && __builtin_cpu_supports("avx512bf16"), avx512 && __builtin_cpu_supports("amx-bf16")};
+#else
+  return {};
+#endif
+}
+
+const char* chosen_isa() {
+  const CpuFacts cpu = detect_cpu();
+  const char* wish = std::getenv("VITKD_CPU_ISA");
+  if (wish == nullptr) wish = "";
+  if (std::strcmp(wish, "portable") == 0) return "portable";
+  if (cpu.avx512 && std::strcmp(wish, "avx2") != 0) return "avx512";
+  return cpu.avx2 ? "avx2" : "portable";
+}
+
+}  // namespace vitkd::cpu

@@ -1,0 +1,16 @@
+// Which instruction sets this CPU has, and which one the kernels use.
+#pragma once
+
+namespace vitkd::cpu {
+
+struct CpuFacts {
+  bool avx2, avx512, avx512_bf16, amx_bf16;
+};
+
+CpuFacts detect_cpu();
+
+// "portable", "avx2" or "avx512": the best that this CPU has, or what VITKD_CPU_ISA asks for.
+// A wish that cannot be met (unknown, or not on this CPU) is answered with the best below it.
+const char* chosen_isa();
+
+}  // namespace vitkd::cpu

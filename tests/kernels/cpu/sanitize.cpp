@@ -1,0 +1,199 @@
+// Every CPU kernel on buffers of exactly the size it may touch, for a build with -fsanitize=address,undefined: a read
+// or a write outside, a misaligned access or an overflow ends the program. Results are compared with a plain double
+// loop, so that a kernel that touches nothing does not pass either.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../../../kernels/kernels.h"
+
+using namespace vitkd;
+
+namespace {
+
+void serial(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  for (int64_t i = 0; i < count; ++i) body(i, i + 1, context);
+}
+
+float from_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
+  return bits & 0x8000 ? -size : size;
+}
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// A tensor in one of the four dtypes, on the heap, `offset` elements into an allocation of exactly that size more.
+struct Buffer {
+  DType dtype;
+  int64_t size, offset;
+  char* memory;
+
+  Buffer(DType dtype, int64_t size, int64_t offset) : dtype(dtype), size(size), offset(offset) {
+    memory = static_cast<char*>(std::malloc(static_cast<size_t>((size + offset) * width())));
+    for (int64_t i = 0; i < size; ++i) set(i, std::nan(""));
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(memory); }
+
+  int64_t width() const { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+  char* at(int64_t i) const { return memory + (i + offset) * width(); }
+  void* data() const { return at(0); }
+
+  double get(int64_t i) const {
+    double d;
+    float f;
+    uint16_t h;
+    switch (dtype) {
+      case DType::float64: __builtin_memcpy(&d, at(i), 8); return d;
+      case DType::float32: __builtin_memcpy(&f, at(i), 4); return f;
+      case DType::float16: __builtin_memcpy(&h, at(i), 2); return from_half(h);
+      default:
+        __builtin_memcpy(&h, at(i), 2);
+        const uint32_t bits = uint32_t{h} << 16;
+        __builtin_memcpy(&f, &bits, 4);
+        return f;
+    }
+  }
+
+  void set(int64_t i, double x) {  // 16-bit values come from `random`, which needs no rounding
+    const float f = static_cast<float>(x);
+    uint16_t h = static_cast<uint16_t>(bits_of(f) >> 16);
+    if (dtype == DType::float16) {
+      h = std::isnan(f) ? 0x7e00 : static_cast<uint16_t>((bits_of(f) >> 16 & 0x8000) | ((bits_of(f) - 0x38000000u) >> 13 & 0x7fff));
+    }
+    if (dtype == DType::float64) __builtin_memcpy(at(i), &x, 8);
+    else if (dtype == DType::float32) __builtin_memcpy(at(i), &f, 4);
+    else __builtin_memcpy(at(i), &h, 2);
+  }
+
+  void fill() {
+    for (int64_t i = 0; i < size; ++i) set(i, random());
+  }
+
+  static double random() {  // a multiple of 1/16 in [-4, 4] without 0: exact in every dtype
+    static uint32_t state = 1;
+    state = state * 1664525u + 1013904223u;
+    const int n = static_cast<int>(state >> 24) % 64 + 1;
+    return (state & 1 << 20 ? n : -n) / 16.0;
+  }
+};
+
+double tolerance(DType dtype) {
+  const double all[] = {1e-5, 4e-2, 6e-3, 1e-12};
+  return all[static_cast<int>(dtype)];
+}
+
+void expect(double got, double want, double size, DType dtype, const char* what) {
+  if (std::abs(got - want) <= tolerance(dtype) * size) return;
+  std::fprintf(stderr, "%s: got %g, want %g\n", what, got, want);
+  std::exit(1);
+}
+
+void attention_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t offset) {
+  const int64_t batch = 2, heads = 2, channels = heads * head_dim, row = 3 * channels;
+  Buffer qkv(dtype, batch * tokens * row, offset), grad_out(dtype, batch * tokens * channels, offset);
+  Buffer out(dtype, grad_out.size, offset), grad_qkv(dtype, qkv.size, offset);
+  qkv.fill();
+  grad_out.fill();
+  const double scale = 1.0 / static_cast<double>(head_dim);
+  Attention forward{dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim}, out.data()};
+  AttentionBackward backward{dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim},
+                             grad_out.data(), {tokens * channels, channels, head_dim}, grad_qkv.data()};
+  cpu::attention(forward, serial);
+  cpu::attention_backward(backward, serial);
+
+  std::vector<double> want(static_cast<size_t>(qkv.size), 0.0);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      auto at = [&](int64_t n, int64_t which, int64_t d) { return (b * tokens + n) * row + which * channels + h * head_dim + d; };
+      auto at_out = [&](int64_t n, int64_t d) { return (b * tokens + n) * channels + h * head_dim + d; };
+      for (int64_t i = 0; i < tokens; ++i) {
+        std::vector<double> p(static_cast<size_t>(tokens)), dp(static_cast<size_t>(tokens), 0.0);
+        double most = -INFINITY, sum = 0, delta = 0;
+        for (int64_t j = 0; j < tokens; ++j) {
+          double s = 0;
+          for (int64_t d = 0; d < head_dim; ++d) s += qkv.get(at(i, 0, d)) * qkv.get(at(j, 1, d)) * scale;
+          p[j] = s;
+          most = s > most ? s : most;
+        }
+        for (double& x : p) sum += x = std::exp(x - most);
+        for (double& x : p) x /= sum;
+        for (int64_t d = 0; d < head_dim; ++d) {
+          double o = 0;
+          for (int64_t j = 0; j < tokens; ++j) {
+            o += p[j] * qkv.get(at(j, 2, d));
+            dp[j] += grad_out.get(at_out(i, d)) * qkv.get(at(j, 2, d));
+            want[at(j, 2, d)] += p[j] * grad_out.get(at_out(i, d));
+          }
+          expect(out.get(at_out(i, d)), o, 4, dtype, "attention");
+        }
+        for (int64_t j = 0; j < tokens; ++j) delta += p[j] * dp[j];
+        for (int64_t j = 0; j < tokens; ++j) {
+          for (int64_t d = 0; d < head_dim; ++d) {
+            const double ds = p[j] * (dp[j] - delta) * scale;
+            want[at(i, 0, d)] += ds * qkv.get(at(j, 1, d));
+            want[at(j, 1, d)] += ds * qkv.get(at(i, 0, d));
+          }
+        }
+      }
+    }
+  }
+  double size = 1;
+  for (double x : want) size = std::abs(x) > size ? std::abs(x) : size;
+  for (int64_t i = 0; i < qkv.size; ++i) expect(grad_qkv.get(i), want[static_cast<size_t>(i)], size, dtype, "attention_backward");
+}
+
+void kd_case(DType dtype, int64_t classes, int64_t offset) {
+  const int64_t rows = 3, stride = classes + 1;
+  Buffer student(dtype, (rows - 1) * stride + classes, offset), teacher(dtype, student.size, offset);
+  Buffer grad_s(dtype, rows * classes, offset), grad_t(dtype, rows * classes, offset);
+  Buffer loss(dtype == DType::float64 ? DType::float64 : DType::float32, rows, offset);
+  student.fill();
+  teacher.fill();
+  for (int kind = 0; kind < 5; ++kind) {
+    const double temperature = kind > 2 ? 1.0 : 2.0;
+    KDLoss args{dtype, KDKind(kind), rows, classes, temperature, student.data(), stride, teacher.data(), stride,
+                loss.data(), grad_s.data(), grad_t.data()};
+    cpu::kd_loss(args, serial);
+    for (int64_t i = 0; i < rows; ++i) {
+      auto log_softmax = [&](const Buffer& logits, int64_t c) {
+        double sum = 0;
+        for (int64_t k = 0; k < classes; ++k) sum += std::exp((logits.get(i * stride + k) - logits.get(i * stride + c)) / temperature);
+        return -std::log(sum);
+      };
+      double want = 0;
+      for (int64_t c = 0; c < classes; ++c) {
+        const double s = log_softmax(student, c), t = log_softmax(teacher, c), m = std::log((std::exp(s) + std::exp(t)) / 2);
+        const double d = student.get(i * stride + c) - teacher.get(i * stride + c), n = static_cast<double>(classes);
+        const double terms[] = {std::exp(t) * (t - s), std::exp(s) * (s - t),
+                                (std::exp(t) * (t - m) + std::exp(s) * (s - m)) / 2, std::abs(d) / n, d * d / n};
+        want += terms[kind] * temperature * temperature;
+      }
+      expect(loss.get(i), want, 1 + std::abs(want), DType::float32, "kd_loss");
+      for (int64_t c = 0; c < classes; ++c) {
+        if (!std::isfinite(grad_s.get(i * classes + c) + grad_t.get(i * classes + c))) expect(1, 0, 0, dtype, "kd_loss gradient");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  int cases = 0;
+  for (DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
+    for (int64_t offset : {0, 1, 3}) {
+      for (int64_t tokens : {1, 2, 15, 16, 17, 48, 49, 65}) {
+        for (int64_t head_dim : {1, 7, 16, 24, 33, 64}) attention_case(dtype, tokens, head_dim, offset), ++cases;
+      }
+      for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
+    }
+  }
+  std::printf("%d cases clean\n", cases);
+}

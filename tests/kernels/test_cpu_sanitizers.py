@@ -1,0 +1,44 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, once per instruction set."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from native import INSTRUCTION_SETS, ONCE
+
+ROOT = Path(__file__).parents[2]
+
+FLAGS = "-std=c++20 -O1 -g -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    cxx = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(cxx) is None:
+        pytest.skip("there is no C++ compiler")
+    folder = tmp_path_factory.mktemp("sanitize")
+    jobs = [(ROOT / "tests/kernels/cpu/sanitize.cpp", "")]
+    for source in sorted((ROOT / "kernels/cpu").glob("*.cpp")):
+        if source.name in ONCE:
+            jobs.append((source, ""))
+        else:
+            jobs += [(source, f"-DVITKD_ISA={name} {flags}") for name, flags in INSTRUCTION_SETS.items()]
+    objects = [str(folder / f"{number}.o") for number in range(len(jobs))]
+    commands = [
+        [cxx, *FLAGS, *flags.split(), "-c", str(source), "-o", made]
+        for (source, flags), made in zip(jobs, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(subprocess.check_call, commands))
+    subprocess.check_call([cxx, *FLAGS, *objects, "-o", str(folder / "sanitize")])
+    return folder / "sanitize"
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_kernels_touch_only_their_memory(program, isa):
+    ran = subprocess.run([program], env=os.environ | {"VITKD_CPU_ISA": isa}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.endswith("cases clean\n")
