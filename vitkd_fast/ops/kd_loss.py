@@ -1,4 +1,4 @@
-"""Distillation losses between two sets of logits, with gradients to both: the student learns, the generator disagrees."""
+"""Distillation losses between two sets of logits, with gradients to both of them."""
 
 import math
 from typing import Literal, get_args
