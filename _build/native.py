@@ -90,12 +90,11 @@ def find_nvcc() -> str | None:
     if wish == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = (
-        shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    )
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
     if nvcc is None and wish == "1":
         raise BuildError(
-            "VITKD_CUDA=1, but there is no nvcc: put it on PATH, or name the toolkit's folder in CUDA_HOME."
+            "VITKD_CUDA=1, but there is no nvcc: put it on PATH, or set CUDA_HOME to the toolkit's folder."
         )
     return nvcc
 
