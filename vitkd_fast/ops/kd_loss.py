@@ -70,7 +70,7 @@ def kd_loss_formula(
     if student_grad or teacher_grad:
         both = kd_grads_formula(*precise, KINDS[kind], temperature)
         grads = tuple(
-            grad.to(student.dtype) if wanted else empty
+            grad.to(student.dtype).contiguous() if wanted else empty
             for grad, empty, wanted in zip(both, grads, (student_grad, teacher_grad))
         )
     return rows, *grads
@@ -103,11 +103,25 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(student_grad, teacher_grad)
 
 
+class _ScaleRows(torch.autograd.Function):
+    """A gradient, (B, C), times its row's; the logits' part in it is lost, so it must not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, grad, grad_rows):
+        return (grad * grad_rows.unsqueeze(1)).to(grad.dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "kd_loss has no second derivative; for gradients of gradients use kd_rows_formula in vitkd_fast.ops.kd_loss"
+        )
+
+
 def _backward(ctx, grad_rows, *_):
     if grad_rows is None:
         return (None,) * 6
     grads = (
-        (grad * grad_rows.unsqueeze(1)).to(grad.dtype) if needed else None
+        _ScaleRows.apply(grad, grad_rows) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
     )
     return *grads, None, None, None, None

@@ -1,0 +1,50 @@
+"""What all tests share: the rules' import path, GPU skips, hypothesis profiles, poisoned memory."""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))  # for testing_rules; importlib mode does not add it
+
+# The same examples in every run, so that a red test is red for everyone; HYPOTHESIS_PROFILE=explore draws new ones.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+M_PERTURB = -6  # mallopt's number for it, from malloc.h
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill memory that a kernel has not written yet, so that reading it, or leaving it unwritten, shows.
+
+    Tensors: torch's deterministic mode fills what aten's empty, empty_like, empty_strided, new_empty and resize_ hand
+    out with NaN (integers with their maximum), whether Python or C++ asks for it. It does not reach caches that hand
+    out a buffer a second time. Scratch memory: where the C library is glibc, it fills blocks above 1 KiB (smaller ones
+    come from its per-thread cache, unfilled) with 0x7F bytes, 3.4e38 as float32 or bfloat16.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    was_filled = torch.utils.deterministic.fill_uninitialized_memory
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if mallopt:
+        mallopt(M_PERTURB, 0x80)  # malloc fills with the complement
+    yield
+    if mallopt:
+        mallopt(M_PERTURB, 0)
+    torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warning)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filled

@@ -1,0 +1,178 @@
+"""Run a timm model's attention on `vitkd_fast.ops.attention`, in place."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_fast import ops
+from vitkd_fast.ops.attention import MAX_HEAD_DIM
+
+# timm's attention of ViT and DeiT: its home today, and before timm 1.0.20. Matched by name, so that neither
+# `import vitkd_fast` nor `accelerate` imports timm: a model with timm blocks has imported it already.
+TIMM_ATTENTION = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
+
+# What the fused forward below knows how to run and to refuse; a timm that adds to either is left alone.
+SUBMODULES = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+ARGUMENTS = {"self", "x", "attn_mask", "is_causal"}
+
+
+@dataclass(frozen=True)
+class AccelerateReport:
+    """What `accelerate` did, by blocks.
+
+    Attributes:
+        switched: number of attention blocks that now run on `vitkd_fast.ops.attention`.
+        kept: module name -> why that attention block still runs its own code.
+        eval_only: names of switched blocks with attention dropout, which run their own code while training.
+    """
+
+    switched: int
+    kept: dict[str, str]
+    eval_only: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        total = self.switched + len(self.kept)
+        if total == 0:
+            return "0 attention blocks switched: the model has no timm attention module"
+        lines = [f"{self.switched} of {total} attention blocks switched"]
+        if self.eval_only:
+            lines[0] += f" ({len(self.eval_only)} in eval mode only: attention dropout)"
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            by_reason.setdefault(reason, []).append(name or "the model itself")
+        lines += [f"  kept {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> AccelerateReport:
+    """Switch every timm ViT/DeiT attention block in `model` to `vitkd_fast.ops.attention`, in place.
+
+    Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle and torch.compile stay as they were; calling
+    it again changes nothing. A block that needs what the op lacks keeps its own code, and so does a single call that
+    does: an attention mask, or attention dropout in training mode. Setting a block's `fused_attn` to False, timm's way
+    to have the attention weights in memory, turns the op off there.
+
+    Args:
+        model: any module tree; blocks are found wherever they are in it.
+
+    Returns:
+        How many blocks were switched, and why each of the others was kept; `print` it.
+    """
+    switched, kept, eval_only = 0, {}, []
+    for name, module in model.named_modules():
+        if not _is_attention(module):
+            continue
+        reason = _reason_to_keep(module)
+        if reason is not None:
+            kept[name] = reason
+            continue
+        if not isinstance(module, _FusedAttention):
+            module.__class__ = _fused_class(type(module))
+        switched += 1
+        if _dropout(module) > 0:
+            eval_only.append(name)
+    return AccelerateReport(switched, kept, tuple(eval_only))
+
+
+class _FusedAttention(nn.Module):
+    """timm's Attention.forward with the packed qkv handed to the op as it leaves the linear layer.
+
+    The block's class is swapped rather than its `forward` replaced (a bound method would follow deepcopy into the
+    wrong block) or the block wrapped (which would rename every parameter); isinstance checks on timm's class hold.
+    """
+
+    num_heads: int
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        dropped = self.training and _dropout(self) > 0
+        if masked or dropped or not getattr(self, "fused_attn", True):
+            return super().forward(x, *args, **kwargs)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
+        if not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)):
+            qkv = self._normalise(qkv)
+        out = ops.attention(qkv)  # (B, N, H*D), with the scale that timm leaves to torch's attention, D ** -0.5
+        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
+        if norm is not None:
+            out = norm(out)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def _normalise(self, qkv: Tensor) -> Tensor:
+        # The norms see the (B, H, N, D) views that timm gives them. Under autocast they answer in float32; going back
+        # to v's dtype before packing is the cast that attention would make, on two tensors instead of three.
+        query, key, value = qkv.transpose(1, 3).unbind(2)  # (B, H, N, D) each
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        return torch.stack((query, key, value), dim=2).transpose(1, 3)  # (B, N, 3, H, D)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time, where pickle and deepcopy cannot find it by name: name its base instead.
+        state = super().__reduce_ex__(protocol)[2:]
+        return _rebuild, (type(self).__bases__[1],), *state
+
+
+_FUSED_CLASSES: dict[type, type] = {}  # timm's Attention, or a subclass with the same forward -> its fused subclass
+
+
+def _fused_class(base: type) -> type:
+    if base not in _FUSED_CLASSES:
+        members = {"__module__": __name__, "__doc__": base.__doc__}
+        _FUSED_CLASSES[base] = type(f"Fused{base.__name__}", (_FusedAttention, base), members)
+    return _FUSED_CLASSES[base]
+
+
+def _rebuild(base: type) -> nn.Module:
+    return object.__new__(_fused_class(base))
+
+
+def _dropout(module: nn.Module) -> float:
+    return getattr(getattr(module, "attn_drop", None), "p", 0.0)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "fused_attn") or type(module).__name__.lower().endswith(("attention", "attn"))
+
+
+def _timm_class(module: nn.Module) -> type[nn.Module] | None:
+    classes = (cls for cls in type(module).__mro__ if (cls.__module__, cls.__qualname__) in TIMM_ATTENTION)
+    return next(classes, None)
+
+
+def _reason_to_keep(module: Any) -> str | None:
+    """Why this attention module must run its own code; None when the op can take it."""
+    timm_class = _timm_class(module)
+    if timm_class is None:
+        return _foreign_reason(module)
+    known_forwards = (timm_class.forward, _FusedAttention.forward)
+    if "forward" in vars(module) or type(module).forward not in known_forwards:
+        return f"{type(module).__name__} has a forward of its own"
+    unknown = {name for name, _ in module.named_children()} - SUBMODULES
+    unknown |= {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    unknown |= set(inspect.signature(timm_class.forward).parameters) - ARGUMENTS
+    if unknown:
+        return f"this version of timm's Attention has parts unknown here: {', '.join(sorted(unknown))}"
+    if not getattr(module, "fused_attn", True):
+        return "fused_attn is off, which asks for the attention weights in memory"
+    head_dim = module.qkv.out_features // (3 * module.num_heads)
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
+    return None
+
+
+def _foreign_reason(module: nn.Module) -> str:
+    name = type(module).__name__
+    if "rope" in inspect.signature(type(module).forward).parameters:
+        return f"{name} rotates queries and keys (rotary position embedding)"
+    parts = [part for part, _ in (*module.named_parameters(), *module.named_buffers())]
+    if any(word in part for part in parts for word in ("rel_pos", "relative_position", "attention_bias")):
+        return f"{name} adds a relative position bias"
+    return f"{name} is not the self-attention of timm's ViT"
