@@ -1,0 +1,206 @@
+"""The CUDA attention against the formula in float64, run on the CPU by the emulator in cuda_host (ASan, UBSan)."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from testing_rules import assert_follows_rule
+
+from vitkd_fast.ops.attention import attention_backward_formula, attention_formula
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
+host = importlib.import_module("emulator")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = (  # tokens, heads, head_dim: every token count and every padded width, large with narrow
+    (1, 1, 16),
+    (2, 3, 7),
+    (15, 2, 24),
+    (16, 1, 32),
+    (17, 2, 48),
+    (49, 1, 80),
+    (50, 3, 64),
+    (65, 1, 96),
+    (65, 1, 128),
+    (127, 1, 32),
+    (128, 1, 16),
+    (129, 1, 24),
+    (197, 1, 64),
+    (257, 1, 16),
+)
+
+
+@pytest.fixture
+def cuda():
+    emulator = host.emulator()
+    emulator.schedule = "ascending"
+    return emulator
+
+
+def inputs(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, batch: int = 1, spread: float = 1.0):
+    generator = torch.Generator().manual_seed(tokens * 1000 + head_dim)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator)
+    qkv[:, :, :2] *= spread**0.5
+    grad_out = torch.randn(batch, tokens, heads * head_dim, generator=generator)
+    return qkv.to(dtype), grad_out.to(dtype), head_dim**-0.5
+
+
+def assert_both_accurate(cuda, qkv, grad_out, scale):
+    exact, plain = attention_formula(qkv.double(), scale), attention_formula(qkv, scale)
+    assert_follows_rule(cuda.attention(qkv, scale), exact, plain, "out")
+    exact = attention_backward_formula(grad_out.double(), qkv.double(), scale)
+    plain = attention_backward_formula(grad_out, qkv, scale)
+    actual = cuda.attention_backward(grad_out, qkv, scale)
+    for i, name in enumerate(("dq", "dk", "dv")):
+        assert_follows_rule(actual[:, :, i], exact[:, :, i], plain[:, :, i], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_the_formula(cuda, shape, dtype):
+    assert_both_accurate(cuda, *inputs(*shape, dtype))
+
+
+def test_more_tokens_than_one_chunk_of_statistics(cuda):
+    assert_both_accurate(cuda, *inputs(1030, 1, 8, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batches_and_negative_scale(cuda, dtype):
+    qkv, grad_out, scale = inputs(21, 2, 32, dtype, batch=3)
+    assert_both_accurate(cuda, qkv, grad_out, -scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_spread_over_ten_thousand(cuda, dtype):
+    qkv, grad_out, _ = inputs(50, 1, 32, dtype, spread=800.0)
+    assert 1e4 < attention_scores(qkv).abs().max() < 6e4  # float16 ends at 65504
+    assert_both_accurate(cuda, qkv, grad_out, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_very_negative_logits(cuda, dtype):
+    """A padded column counted as a logit of 0 would outweigh these rows, whose log-sum-exp is near -2000."""
+    qkv, grad_out, scale = inputs(50, 1, 32, dtype)
+    qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0] = 100, -128
+    assert torch.logsumexp(attention_scores(qkv) * scale, -1).max() < -90
+    assert_both_accurate(cuda, qkv, grad_out, scale)
+
+
+def attention_scores(qkv):
+    query, key, _ = qkv.double().permute(2, 0, 3, 1, 4)
+    return query @ key.mT
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("part", (0, 1, 2), ids=("query", "key", "value"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)
+def test_nan_and_inf_come_out_where_the_formula_has_them(cuda, part, value, dtype):
+    qkv, grad_out, scale = inputs(18, 2, 16, dtype)
+    qkv[0, 5, part, 1, 3] = value
+    out, expected = cuda.attention(qkv, scale), attention_formula(qkv.float(), scale)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert not out.isfinite().all()
+    grad, expected = (
+        cuda.attention_backward(grad_out, qkv, scale),
+        attention_backward_formula(grad_out.float(), qkv.float(), scale),
+    )
+    assert not grad[:, :, :, 1][~expected[:, :, :, 1].isfinite()].isfinite().any()
+    assert torch.equal(grad[:, :, :, 0].isfinite(), expected[:, :, :, 0].isfinite())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, head_dim", ((19, 32), (19, 24), (35, 7)))
+def test_layouts_change_no_bit(cuda, tokens, head_dim, dtype):
+    """Strided, misaligned and expanded inputs, and a misaligned output, against contiguous ones."""
+    qkv, grad_out, scale = inputs(tokens, 2, head_dim, dtype, batch=2)
+    out, grad = cuda.attention(qkv, scale), cuda.attention_backward(grad_out, qkv, scale)
+
+    def offset(tensor, elements):
+        room = torch.full((tensor.numel() + elements,), float("nan"), dtype=dtype)
+        return room[elements:].view(tensor.shape).copy_(tensor)
+
+    layouts = {
+        "odd offset": (offset(qkv, 1), offset(grad_out, 3)),
+        "16-byte offset": (offset(qkv, 16), offset(grad_out, 8)),
+        "transposed": (
+            qkv.permute(2, 3, 0, 1, 4).contiguous().permute(2, 3, 0, 1, 4),
+            grad_out.transpose(0, 1).contiguous().transpose(0, 1),
+        ),
+        "odd row stride": (padded(qkv, 5), padded(grad_out, 3)),
+    }
+    for name, (qkv_, grad_out_) in layouts.items():
+        assert torch.equal(qkv_, qkv) and torch.equal(grad_out_, grad_out)
+        assert torch.equal(cuda.attention(qkv_, scale), out), name
+        assert torch.equal(cuda.attention_backward(grad_out_, qkv_, scale), grad), name
+    assert torch.equal(cuda.attention(qkv, scale, out_offset=1), out)
+    assert torch.equal(cuda.attention_backward(grad_out, qkv, scale, out_offset=1), grad)
+
+    expanded = qkv[:1].expand(2, -1, -1, -1, -1)
+    assert torch.equal(cuda.attention(expanded, scale), cuda.attention(expanded.contiguous(), scale))
+    ones = torch.ones(1, 1, grad_out.shape[2], dtype=dtype).expand(grad_out.shape)
+    assert torch.equal(
+        cuda.attention_backward(ones, expanded, scale),
+        cuda.attention_backward(ones.contiguous(), expanded.contiguous(), scale),
+    )
+
+
+def padded(tensor, extra):
+    """The same tensor with room after each token."""
+    room = torch.full((*tensor.shape[:2], tensor[0, 0].numel() + extra), float("nan"), dtype=tensor.dtype)
+    return room[:, :, : tensor[0, 0].numel()].copy_(tensor.flatten(2)).unflatten(2, tensor.shape[2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_in_which_threads_run_changes_no_bit(cuda, dtype):
+    """A missing barrier, or a copy that is not waited for, would show: the schedules are each other's opposites."""
+    qkv, grad_out, scale = inputs(130, 1, 32, dtype)
+    results = []
+    for cuda.schedule in host.SCHEDULES:
+        results.append((cuda.attention(qkv, scale), cuda.attention_backward(grad_out, qkv, scale)))
+    for out, grad in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@hypothesis.given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 40),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    extra=st.integers(0, 9),
+)
+@hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_any_shape_and_row_stride(cuda, batch, tokens, heads, head_dim, dtype, extra):
+    qkv, grad_out, scale = inputs(tokens, heads, head_dim, dtype, batch)
+    assert_both_accurate(cuda, padded(qkv, extra), padded(grad_out, extra), scale)
+
+
+def test_more_blocks_than_a_grid_has_is_said(cuda):
+    qkv = torch.zeros(1, 1, 3, 1, 1)
+    words = [host.DTYPES.index(torch.float32), 2**31, 1, 1, 1, 1.0, 0, *qkv.stride()[1:4]]
+    with pytest.raises(ValueError, match="unsupported size"):
+        cuda._ask("attention", words, [qkv], [((0,), torch.float32)], 0)
+
+
+def test_empty_batch(cuda):
+    qkv, grad_out, scale = inputs(4, 2, 16, torch.float32, batch=0)
+    assert cuda.attention(qkv, scale).shape == (0, 4, 32)
+    assert cuda.attention_backward(grad_out, qkv, scale).shape == qkv.shape
+
+
+def test_unsupported_is_said(cuda):
+    qkv, grad_out, scale = inputs(2, 1, 129, torch.float32)
+    for call in (lambda: cuda.attention(qkv, scale), lambda: cuda.attention_backward(grad_out, qkv, scale)):
+        with pytest.raises(ValueError, match="unsupported head_dim"):
+            call()
+    qkv, _, scale = inputs(2, 1, 16, torch.float64)
+    with pytest.raises(ValueError, match="unsupported dtype"):
+        cuda.attention(qkv, scale)

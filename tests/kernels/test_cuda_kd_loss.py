@@ -1,0 +1,139 @@
+"""The CUDA kd_loss against the formula in float64, run on the CPU by the emulator in cuda_host (ASan, UBSan)."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from testing_rules import assert_follows_rule
+
+from vitkd_fast.ops.kd_loss import KINDS, kd_grads_formula, kd_loss_formula, kd_rows_formula
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
+host = importlib.import_module("emulator")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def cuda():
+    emulator = host.emulator()
+    emulator.schedule = "ascending"
+    return emulator
+
+
+def logits(rows: int, classes: int, dtype: torch.dtype, spread: float = 3.0):
+    generator = torch.Generator().manual_seed(classes)
+    return [(torch.randn(rows, classes, generator=generator) * spread).to(dtype) for _ in range(2)]
+
+
+def assert_all_accurate(cuda, student, teacher, kind, temperature):
+    actual = cuda.kd_loss(student, teacher, KINDS.index(kind), temperature, True, True)
+    plain = kd_loss_formula(student, teacher, KINDS.index(kind), temperature, True, True)
+    double = student.double(), teacher.double()
+    exact = kd_rows_formula(*double, kind, temperature), *kd_grads_formula(*double, kind, temperature)
+    for name, *tensors in zip(("loss", "student grad", "teacher grad"), actual, exact, plain, strict=True):
+        assert_follows_rule(*tensors, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", (1, 2, 10, 100, 256, 1000, 1024, 1025, 4097))
+def test_matches_the_formula(cuda, classes, kind, dtype):
+    assert_all_accurate(cuda, *logits(7, classes, dtype), kind, 1.0 if kind in ("l1", "mse") else 4.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_very_wide_row(cuda, kind):
+    assert_all_accurate(cuda, *logits(4, 65_539, torch.bfloat16), kind, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ("kl", "reverse_kl", "js"))
+def test_logits_spread_over_ten_thousand(cuda, kind, dtype):
+    assert_all_accurate(cuda, *logits(5, 100, dtype, spread=5e3), kind, 2.0)
+
+
+@pytest.mark.parametrize("kind", ("kl", "reverse_kl", "js"))
+def test_rows_of_very_negative_logits(cuda, kind):
+    student, teacher = logits(5, 77, torch.float32)
+    assert_all_accurate(cuda, student - 5e3, teacher - 5e3, kind, 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_logits(cuda, kind):
+    student, _ = logits(4, 50, torch.float32)
+    loss, *grads = cuda.kd_loss(student, student, KINDS.index(kind), 1.0, True, True)
+    assert loss.abs().max() < 1e-6
+    for grad in grads:
+        assert grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("classes", (10, 5000))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")), ids=str)
+def test_nan_and_inf_stay_in_their_row_and_match_the_formula(cuda, value, kind, classes):
+    student, teacher = logits(3, classes, torch.float32)
+    student[1, 7] = value
+    actual = cuda.kd_loss(student, teacher, KINDS.index(kind), 1.0, True, True)
+    expected = kd_loss_formula(student, teacher, KINDS.index(kind), 1.0, True, True)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got.isnan(), wanted.isnan())
+        assert torch.equal(got.isinf(), wanted.isinf())
+        assert got[0].isfinite().all() and got[2].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", (10, 1000, 4104))
+def test_unwanted_gradients_are_not_written_and_change_nothing(cuda, classes):
+    student, teacher = logits(5, classes, torch.bfloat16)
+    loss, student_grad, teacher_grad = cuda.kd_loss(student, teacher, 0, 2.0, True, True)
+    for wanted in ((True, False), (False, True), (False, False)):
+        got = cuda.kd_loss(student, teacher, 0, 2.0, *wanted)
+        assert torch.equal(got[0], loss)
+        for grad, full, asked in zip(got[1:], (student_grad, teacher_grad), wanted, strict=True):
+            assert torch.equal(grad, full) if asked else grad.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", (104, 1000, 4104))
+def test_layouts_change_no_bit(cuda, classes, dtype):
+    student, teacher = logits(5, classes, dtype)
+    expected = cuda.kd_loss(student, teacher, 2, 1.5, True, True)
+
+    def strided(tensor, offset, extra):
+        room = torch.full((5, offset + classes + extra), float("nan"), dtype=dtype)
+        return room[:, offset : offset + classes].copy_(tensor)
+
+    for student_, teacher_, out_offset in (
+        (strided(student, 1, 0), teacher, 0),
+        (student, strided(teacher, 8, 8), 0),
+        (strided(student, 0, 3), strided(teacher, 16, 1), 1),
+        (student, teacher, 3),
+    ):
+        assert torch.equal(student_, student) and torch.equal(teacher_, teacher)
+        got = cuda.kd_loss(student_, teacher_, 2, 1.5, True, True, out_offset=out_offset)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    one = student[:1].expand(5, -1)
+    got, wanted = (cuda.kd_loss(rows, teacher, 2, 1.5, True, True) for rows in (one, one.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("classes", (10, 1000, 5000))
+def test_the_order_in_which_threads_run_changes_no_bit(cuda, classes):
+    student, teacher = logits(5, classes, torch.float16)
+    results = []
+    for cuda.schedule in host.SCHEDULES:
+        results.append(cuda.kd_loss(student, teacher, 2, 2.0, True, True))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_no_rows_and_unsupported_dtype(cuda):
+    student, teacher = logits(0, 10, torch.float32)
+    assert cuda.kd_loss(student, teacher, 0, 1.0, True, True)[0].shape == (0,)
+    student, teacher = logits(2, 10, torch.float64)
+    with pytest.raises(ValueError, match="unsupported dtype"):
+        cuda.kd_loss(student, teacher, 0, 1.0, True, True)
