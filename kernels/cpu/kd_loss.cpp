@@ -126,7 +126,7 @@ T difference(const Row<T>& row, bool squared) {
   for (int64_t c = 0; c < row.width; c += kLanes<T>) {
     const Vec<T> d = load(row.s + c) - load(row.t + c);
     const Vec<T> one = broadcast(T(1));
-    const Vec<T> sign = d != d ? d : (d > T(0) ? one : (d < T(0) ? -one : Vec<T>{}));
+    const Vec<T> sign = d > T(0) ? one : (d < T(0) ? -one : Vec<T>{});
     total.at(c) += squared ? d * d : d * sign;
     const Vec<T> grad = (squared ? d * T(2) : sign) * per_class;
     if (row.grad_s) store(row.grad_s + c, grad);

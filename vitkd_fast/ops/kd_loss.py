@@ -141,8 +141,8 @@ def kd_loss(
     """Distillation loss between student and teacher logits, loss and gradients from one sweep.
 
     Args:
-        student_logits, teacher_logits: (B, C), float32, bfloat16, float16 or (CPU) float64; different dtypes are
-            promoted. Each receives a gradient if it requires one: the adversarial generator differentiates both.
+        student_logits, teacher_logits: (B, C), float32, bfloat16, float16 or float64; different dtypes are promoted.
+            Each receives a gradient if it requires one: the adversarial generator differentiates both.
         kind: with p, q the softmax of teacher and student logits divided by the temperature T,
             "kl" T² KL(p ‖ q) (Hinton et al. 2015); "reverse_kl" T² KL(q ‖ p); "js" T² (KL(p ‖ m) + KL(q ‖ m)) / 2 with
             m = (p + q) / 2 (Yin et al. 2020); "l1" and "mse": mean over the classes of |s - t| (Fang et al. 2019) and
@@ -159,15 +159,12 @@ def kd_loss(
     """
     _check(student_logits, teacher_logits, kind, temperature, reduction)
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
-    grad = torch.is_grad_enabled()
-    rows, _, _ = torch.ops.vitkd.kd_loss(
-        student_logits.to(dtype),
-        teacher_logits.to(dtype),
-        KINDS.index(kind),
-        float(temperature),
-        grad and student_logits.requires_grad,
-        grad and teacher_logits.requires_grad,
-    )
+    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
+    if dtype is torch.float64 and student.is_cuda:  # the CUDA kernels have no float64
+        rows = kd_rows_formula(student, teacher, kind, temperature)
+    else:
+        wanted = [torch.is_grad_enabled() and logits.requires_grad for logits in (student, teacher)]
+        rows, _, _ = torch.ops.vitkd.kd_loss(student, teacher, KINDS.index(kind), float(temperature), *wanted)
     return rows.mean() if reduction == "batchmean" else rows
 
 

@@ -1,0 +1,165 @@
+"""Fused distillation loss against eager PyTorch and torch.compile: forward, and forward with both gradients."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from _common import (
+    DTYPES,
+    Contender,
+    Row,
+    compare,
+    copies,
+    dtypes,
+    forward_backward_of,
+    forward_of,
+    judge,
+    limits,
+    measure,
+    parser,
+    print_table,
+    record,
+    relative_error,
+)
+
+from vitkd_fast import backends
+from vitkd_fast.ops import kd_loss
+from vitkd_fast.ops.kd_loss import KINDS, kd_rows_formula
+
+SHAPES = {  # rows, classes
+    "cpu": [(256, 10), (256, 1000), (4096, 1000)],
+    "cuda": [(256, 10), (256, 1000), (4096, 1000), (1024, 8192), (256, 65_536)],
+}
+TEMPERATURE = 4.0
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument(
+        "--shapes", nargs="+", type=shape, metavar="ROWS,CLASSES", help="those of the issues by default"
+    )
+    options.add_argument("--kinds", nargs="+", choices=KINDS, default=["kl"])
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    measured = limits(dtypes(arguments), arguments)
+    rows: list[Row] = []
+    for name in dtypes(arguments):
+        for kind in arguments.kinds:
+            for size in arguments.shapes or SHAPES[arguments.device]:
+                rows += run_case(size, name, kind, measured, arguments)
+    compare(rows)
+    print_table(rows, "of copy")
+    print(f"limits measured in this run: copy {measured.copy:.0f} GB/s; threads {arguments.threads}")
+    print(f"record: {record('kd_loss', arguments, measured, rows)}")
+    return int(any(row.ours and not row.correct for row in rows))
+
+
+def shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(","))
+    if len(sizes) != 2:
+        raise ValueError(text)
+    return sizes
+
+
+def contenders(arguments, kind: str) -> list[Contender]:
+    temperature = 1.0 if kind in ("l1", "mse") else TEMPERATURE
+    chosen = backends.implementation("kd_loss", arguments.device).name
+    result = [Contender(f"vitkd {chosen}", lambda s, t: kd_loss(s, t, kind=kind, temperature=temperature), ours=True)]
+    if arguments.device == "cuda" and chosen != "triton":
+        result.append(Contender("vitkd triton", lambda s, t: triton_loss(s, t, kind, temperature), ours=True))
+    if kind == "kl":
+        result.append(Contender("F.kl_div", hinton))
+        result.append(Contender("F.kl_div torch.compile", torch.compile(hinton, dynamic=False)))
+    compiled = torch.compile(formula, dynamic=False)
+    result.append(Contender("formula", lambda s, t: formula(s, t, kind, temperature)))
+    result.append(Contender("formula torch.compile", lambda s, t: compiled(s, t, kind, temperature)))
+    return [each for each in result if not any(word in each.name for word in arguments.skip)]
+
+
+def formula(student, teacher, kind: str, temperature: float):
+    return kd_rows_formula(student.float(), teacher.float(), kind, temperature).mean()
+
+
+def hinton(student, teacher):
+    """As a training script writes it; float32 as under autocast."""
+    log_q = F.log_softmax(student.float() / TEMPERATURE, dim=-1)
+    log_p = F.log_softmax(teacher.float() / TEMPERATURE, dim=-1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TEMPERATURE**2
+
+
+def triton_loss(student, teacher, kind: str, temperature: float):
+    from vitkd_fast import triton
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, student, teacher):
+            wanted = ctx.needs_input_grad
+            rows, *grads = triton.kd_loss(student, teacher, KINDS.index(kind), temperature, *wanted)
+            ctx.save_for_backward(*grads)
+            return rows
+
+        @staticmethod
+        def backward(ctx, grad_rows):
+            return tuple((grad * grad_rows.unsqueeze(1)).to(grad.dtype) for grad in ctx.saved_tensors)
+
+    return Loss.apply(student, teacher).mean()
+
+
+def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -> list[Row]:
+    count, classes = size
+
+    def make(seed: int):
+        logits = (torch.randn(2, count, classes, device=arguments.device) * 4).to(DTYPES[name])
+        grad = torch.ones((), device=arguments.device)
+        return logits[0].clone().requires_grad_(), logits[1].clone().requires_grad_(), grad
+
+    inputs = copies(make, arguments.device)
+    torch._dynamo.reset()
+    all_contenders = contenders(arguments, kind)
+    verdicts = {each.name: check(each, inputs[0], kind) for each in all_contenders}
+    rows = []
+    for direction, wrap, passes in (("forward", forward_of, 2), ("forward+backward", forward_backward_of, 4)):
+        group = []
+        for each in all_contenders:
+            row = Row(f"{name} {kind} {count}x{classes}", direction, each.name, each.ours)
+            verdict = verdicts[each.name]
+            if isinstance(verdict, str):
+                row.note = verdict
+            else:
+                judge(row, *verdict[direction])
+            group.append((row, each, wrap(each.function)))
+        measure(group, inputs, arguments)
+        for row, *_ in group:
+            if row.median:
+                row.gbytes = passes * count * classes * DTYPES[name].itemsize / row.median / 1e3
+                row.share = row.gbytes / measured.copy
+            rows.append(row)
+    return rows
+
+
+def check(contender: Contender, inputs, kind: str) -> dict[str, tuple[float, float, torch.dtype]] | str:
+    """(error, the formula's error, dtype that rounds it) of both directions, or why there is none."""
+    student, teacher, _ = inputs
+    temperature = 1.0 if kind in ("l1", "mse") else TEMPERATURE
+    try:
+        loss = contender.function(student, teacher)
+        grads = torch.autograd.grad(loss, (student, teacher))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    precise = [logits.detach().double().requires_grad_() for logits in (student, teacher)]
+    exact = kd_rows_formula(*precise, kind, temperature).mean()
+    exact_grads = torch.autograd.grad(exact, precise)
+    plain = formula(student, teacher, kind, temperature)
+    plain_grads = torch.autograd.grad(plain, (student, teacher))
+    forward = relative_error(loss, exact), relative_error(plain, exact), torch.float32
+    backward = (
+        max(relative_error(grad, expected) for grad, expected in zip(grads, exact_grads)),
+        max(relative_error(grad, expected) for grad, expected in zip(plain_grads, exact_grads)),
+        student.dtype,
+    )
+    return {"forward": forward, "forward+backward": backward}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
