@@ -10,7 +10,7 @@ from vitkd_fast.ops._library import define, differentiate
 
 Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
 Reduction = Literal["batchmean", "none"]
-KINDS: tuple[str, ...] = get_args(Kind)  # the order is the kernels' enum
+KINDS: tuple[Kind, ...] = get_args(Kind)  # the order is the kernels' enum
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,14 +66,12 @@ def kd_loss_formula(
     """The op in plain torch: each row's loss, and its gradients where wanted (empty where not)."""
     precise = student.to(_row_dtype(student)), teacher.to(_row_dtype(teacher))
     rows = kd_rows_formula(*precise, KINDS[kind], temperature)
-    grads = student.new_empty(0), teacher.new_empty(0)
-    if student_grad or teacher_grad:
-        both = kd_grads_formula(*precise, KINDS[kind], temperature)
-        grads = tuple(
-            grad.to(student.dtype).contiguous() if wanted else empty
-            for grad, empty, wanted in zip(both, grads, (student_grad, teacher_grad))
-        )
-    return rows, *grads
+    grads = kd_grads_formula(*precise, KINDS[kind], temperature) if student_grad or teacher_grad else precise
+    return (
+        rows,
+        grads[0].to(student.dtype).contiguous() if student_grad else student.new_empty(0),
+        grads[1].to(teacher.dtype).contiguous() if teacher_grad else teacher.new_empty(0),
+    )
 
 
 def _fake(student, teacher, kind, temperature, student_grad, teacher_grad):
