@@ -1,15 +1,15 @@
-"""What all tests share: the rules' import path, GPU skips, hypothesis profiles, poisoned memory."""
+"""What all tests share: one thread per worker, GPU skips, hypothesis profiles, poisoned memory."""
 
 import ctypes
 import os
-import sys
-from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # for testing_rules; importlib mode does not add it
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads than cores cost tenfold
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
 
 # The same examples in every run, so that a red test is red for everyone; HYPOTHESIS_PROFILE=explore draws new ones.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
