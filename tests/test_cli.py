@@ -1,0 +1,113 @@
+"""The command line: the Python call's names, tyro's errors for typing mistakes, one line for everything else."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+import torch
+
+from vitkd_fast import cli
+from vitkd_fast.config import Config
+
+timm = pytest.importorskip("timm")
+
+
+def output_of(capsys, *arguments, code):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(list(arguments))
+    assert exit.value.code == code
+    return capsys.readouterr()
+
+
+def test_every_setting_is_a_flag(capsys):
+    text = output_of(capsys, "distill", "--help", code=0).out
+    for field in fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in text, field.name
+    text = output_of(capsys, "--help", code=0).out
+    assert all(command in text for command in ("distill", "demo", "doctor"))
+
+
+def test_mistyped_flags_and_values_are_tyros_errors(capsys):
+    names = ("--teacher", "a", "--student", "b")
+    assert "--stepz" in output_of(capsys, "distill", *names, "--stepz", "3", code=2).err
+    assert "steps" in output_of(capsys, "distill", *names, "--steps", "many", code=2).err
+    assert "student-loss" in output_of(capsys, "distill", *names, "--student-loss", "huber", code=2).err
+    assert "--teacher" in output_of(capsys, "distill", code=2).err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--steps", "0"), "steps is 0; accepted: an integer of at least 1."),
+        (("--teacher-checkpoint", "absent.pt"), "teacher_checkpoint absent.pt is not a file."),
+        (("--evaluate", "absent"), "evaluate is 'absent', not a folder"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line(capsys, arguments, message):
+    error = output_of(capsys, "distill", "--teacher", "test_vit", "--student", "test_vit", *arguments, code=2).err
+    assert error.startswith(f"vitkd: {message}") and error.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("not for users")
+
+    monkeypatch.setattr("timm.is_model", broken)
+    with pytest.raises(ValueError, match="not for users"):
+        cli.main(["distill", "--teacher", "test_vit", "--student", "test_vit"])
+
+
+def test_distill_by_names_and_checkpoint(tmp_path, capsys):
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_vit", num_classes=3, in_chans=1, img_size=32)
+    torch.save({"state_dict": teacher.state_dict()}, tmp_path / "teacher.pth")
+    cli.main(
+        [
+            *("distill", "--teacher", "test_vit", "--teacher-checkpoint", str(tmp_path / "teacher.pth")),
+            *("--student", "test_vit2", "--image-size", "32", "32", "--steps", "3", "--batch-size", "4"),
+            *("--width", "8", "--latent", "8", "--out", str(tmp_path / "run")),
+        ]
+    )
+    assert "completed: 3 steps" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert (report["teacher"]["name"], report["student"]["name"]) == ("test_vit", "test_vit2")
+    assert report["settings"]["channels"] == 1 and report["settings"]["image_size"] == [32, 32]
+    assert (tmp_path / "run/student.safetensors").exists()
+
+
+def test_ctrl_c_saves_the_student_and_exits_with_130(tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    names = ("--teacher", "test_vit", "--teacher-checkpoint", str(tmp_path / "teacher.pth"), "--student", "test_vit2")
+    options = ("--batch-size", "2", "--width", "8", "--log-every", "1", "--steps", "100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vitkd_fast", "distill", *names, *options, "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: " in output
+    assert json.loads((tmp_path / "run/report.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "run/student.safetensors").exists()
+
+
+def test_python_m_and_doctor():
+    result = subprocess.run(
+        [sys.executable, "-m", "vitkd_fast", "doctor"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert torch.__version__ in result.stdout and "kd_loss" in result.stdout
+
+
+def test_importing_the_package_and_the_command_line_does_not_import_timm():
+    code = "import sys, vitkd_fast, vitkd_fast.cli, vitkd_fast.distill; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,0 +1,315 @@
+"""The loop: it learns, it leaves alone what is not its own, it never waits for the device, it stops as it should."""
+
+import importlib
+import json
+import math
+import random
+import signal
+from collections import Counter
+
+import pytest
+import torch
+from tiny import CLASSES, SIZE, TinyNet, same, smooth_images, state, tiny_student, tiny_teacher
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitkd_fast.config import Config
+from vitkd_fast.distill import distill, is_replay
+from vitkd_fast.guard import NonFiniteError
+
+QUICK = {"batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
+
+
+def held_images(count=512):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        return smooth_images(count)
+
+
+def agreement_of(student, teacher):
+    with torch.no_grad():
+        return (student(held_images()).argmax(1) == teacher(held_images()).argmax(1)).float().mean().item()
+
+
+def test_the_student_comes_to_agree_with_the_teacher():
+    teacher, student = tiny_teacher(), tiny_student()
+    before = agreement_of(student.eval(), teacher)
+    result = distill(teacher, student.train(), steps=300, student_lr=0.03, **QUICK)
+    assert result.student is student and not student.training
+    first, last = result.history[0], result.history[-1]
+    assert last["distillation"] < first["distillation"] / 2
+    assert last["tokens"] < first["tokens"] / 3
+    assert last["balance"] < -1.2 < first["balance"]  # four classes: -1.386 at best
+    assert agreement_of(student, teacher) > before + 0.35  # on images that no generator made
+
+
+def test_the_generator_looks_for_disagreement():
+    """Against a student that hardly learns, on which it can only gain."""
+    options = {**QUICK, "one_hot": 0.0, "balance": 0.0, "student_steps": 1, "student_lr": 1e-9, "generator_lr": 0.01}
+    result = distill(tiny_teacher(), tiny_student(), steps=60, **options)
+    assert result.history[-1]["adversarial"] < 1.5 * result.history[0]["adversarial"] < 0
+
+
+def test_same_seed_same_student_and_the_callers_random_state_is_untouched():
+    torch.manual_seed(123)
+    random.seed(123)
+    before, python_before = torch.get_rng_state(), random.getstate()
+    runs = [distill(tiny_teacher(), tiny_student(), steps=25, seed=seed, **QUICK) for seed in (5, 5, 6)]
+    assert same(state(runs[0].student), state(runs[1].student))
+    assert same(state(runs[0].generator), state(runs[1].generator))
+    assert not same(state(runs[0].student), state(runs[2].student))
+    assert torch.equal(torch.get_rng_state(), before) and random.getstate() == python_before
+
+
+def test_evaluation_does_not_change_the_student():
+    def noisy(model):
+        return torch.rand(()).item()
+
+    plain = distill(tiny_teacher(), tiny_student(), steps=15, **QUICK)
+    evaluated = distill(tiny_teacher(), tiny_student(), steps=15, evaluate=noisy, **QUICK)
+    assert same(state(plain.student), state(evaluated.student))
+    assert evaluated.report.agreement is None and 0 <= evaluated.report.teacher_accuracy <= 1
+
+
+def test_the_teacher_is_used_frozen_and_given_back_as_it_was():
+    teacher = tiny_teacher().train()
+    teacher.stem.weight.requires_grad_(False)
+    before, seen = state(teacher), set()
+
+    def watch(module, args, output):
+        seen.add((module.training, any(weight.requires_grad for weight in module.parameters())))
+
+    handle = teacher.head.register_forward_hook(watch)
+    distill(teacher, tiny_student(), steps=12, **QUICK)
+    handle.remove()
+    assert seen == {(False, False)}
+    assert same(state(teacher), before)
+    assert all(weight.grad is None for weight in teacher.parameters())
+    assert teacher.training and not teacher.stem.weight.requires_grad and teacher.head.weight.requires_grad
+
+
+def test_the_generator_step_leaves_the_student_alone(monkeypatch):
+    """Its weights, gradients and BatchNorm averages; and both networks are differentiated to the images only."""
+
+    from vitkd_fast import distill as _  # noqa: F401
+
+    loop = importlib.import_module("vitkd_fast.distill")
+    student, checked = tiny_student(), []
+    step = loop.GuardedAdamW.step
+
+    def watched_step(self, loss, values, progress):
+        if "adversarial" not in values:
+            return step(self, loss, values, progress)
+        for weight in student.parameters():
+            weight.grad = None
+        before, flags = state(student), [module.training for module in student.modules()]
+        step(self, loss, values, progress)
+        assert all(weight.grad is None and weight.requires_grad for weight in student.parameters())
+        assert all(flags) and same(state(student), before)
+        checked.append(before["norm.num_batches_tracked"].item())
+        return None
+
+    monkeypatch.setattr(loop.GuardedAdamW, "step", watched_step)
+    distill(tiny_teacher(), student, steps=11, student_steps=5, **QUICK)
+    assert checked == [0, 5, 10]  # BatchNorm has seen the student's own steps and nothing else
+
+
+def test_no_weight_gradient_is_computed_for_frozen_networks():
+    """A count of convolution_backward's wanted outputs: (input, weight, bias)."""
+    wanted = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution_backward.default and args[2].shape[-1] == 4:
+                wanted[tuple(args[10])] += 1  # the 4×4 stems of teacher and student
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        distill(tiny_teacher(), tiny_student(), steps=6, student_steps=3, **QUICK)
+    # two generator steps through both stems to the images; six student steps to the student's weights
+    assert wanted == {(True, False, False): 4, (False, True, True): 6}
+
+
+SYNCS = ("aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default", "aten.nonzero.default")
+
+
+def test_the_host_reads_from_the_device_at_log_points_only(monkeypatch):
+    steps, reads = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if str(func) in SYNCS:
+                reads.append((len(steps), str(func)))
+            return func(*args, **(kwargs or {}))
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+
+        def watched(self, *args, _method=method, _name=name, **kwargs):
+            reads.append((len(steps), _name))
+            return _method(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+    student = tiny_student()
+    student.norm.register_forward_hook(lambda module, args, output: steps.append(1) if module.training else None)
+    with Watch():
+        distill(tiny_teacher(), student, steps=25, **QUICK)
+    during = [read for read in reads if 0 < read[0] < 25]
+    assert {step for step, _ in during} == {10, 20}
+    assert Counter(name for _, name in during) == {"tolist": 4}  # generator's and student's ledger, twice
+
+
+@pytest.mark.gpu
+def test_the_loop_never_synchronises_a_gpu_between_log_points():
+    steps = []
+
+    def hook(module, args, output):
+        if module.training:
+            steps.append(1)
+            torch.cuda.set_sync_debug_mode("error" if 1 < len(steps) < 30 else "default")
+
+    student = tiny_student().cuda()
+    student.norm.register_forward_hook(hook)
+    try:
+        distill(tiny_teacher().cuda(), student, steps=40, **{**QUICK, "log_every": 40})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 40
+
+
+class Poisonous(nn.Module):
+    """A teacher whose logits are NaN from one call to another."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.inner, self.calls, self.first, self.last = tiny_teacher(), 0, first, last
+        self.pretrained_cfg = self.inner.pretrained_cfg
+
+    def forward(self, images):
+        self.calls += 1
+        return self.inner(images) * (math.nan if self.first <= self.calls <= self.last else 1.0)
+
+
+def test_steps_with_a_non_finite_loss_are_skipped_and_counted():
+    result = distill(Poisonous(9, 13), tiny_student(), steps=40, **QUICK)
+    assert result.report.status == "completed"
+    assert all(tensor.isfinite().all() for tensor in result.student.state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in result.generator.state_dict().values())
+    assert result.report.skipped["distillation"] == 4
+    assert result.report.skipped["adversarial"] == 1
+    assert math.isfinite(result.history[-1]["distillation"])
+    assert "not finite, so skipped: " in str(result.report)
+
+
+def test_too_many_skipped_steps_stop_the_run_with_the_terms_name(tmp_path):
+    student = tiny_student()
+    with pytest.raises(NonFiniteError, match=r"Not finite by step 10: .*distillation \(10 times\)"):
+        distill(Poisonous(4, 10**6), student, steps=1000, max_skipped=5, out=tmp_path, **QUICK)
+    weights = {name: weight for name, weight in tiny_student().named_parameters()}
+    assert all(torch.equal(weight, weights[name]) for name, weight in student.named_parameters())
+    assert json.loads((tmp_path / "report.json").read_text())["status"] == "failed"
+
+
+def test_ctrl_c_leaves_a_usable_student_and_report(tmp_path):
+    student = tiny_student()
+    calls = []
+
+    def interrupt(module, args, output):
+        calls.append(1)
+        if len(calls) == 60:
+            signal.raise_signal(signal.SIGINT)
+
+    handle = student.head.register_forward_hook(interrupt)
+    teacher = tiny_teacher().train()
+    batches = [(held_images(), torch.zeros(512, dtype=torch.long))]
+    result = distill(teacher, student, steps=100_000, out=tmp_path, evaluate=batches, **QUICK)
+    handle.remove()
+    assert result.report.status == "interrupted" and 30 < result.report.steps < 60
+    assert result.history[-1]["step"] == result.report.steps
+    assert result.report.agreement == pytest.approx(agreement_of(student, teacher.eval()))
+    assert not student.training and all(weight.requires_grad for weight in student.parameters())
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["status"] == "interrupted" and (tmp_path / "student.safetensors").exists()
+
+
+def test_an_interrupt_in_the_generator_step_thaws_the_student():
+    teacher, student, calls = tiny_teacher(), tiny_student(), []
+
+    def interrupt(module, args, output):
+        calls.append(1)
+        if len(calls) == 3 and not torch.is_inference_mode_enabled() and args[0].requires_grad:
+            raise KeyboardInterrupt
+
+    student.head.register_forward_hook(interrupt)
+    result = distill(teacher, student, steps=50, **QUICK)
+    assert result.report.status == "interrupted" and result.report.steps == 0
+    assert all(weight.requires_grad for weight in student.parameters())
+
+
+def test_bfloat16_learns_too():
+    teacher, student = tiny_teacher(), tiny_student()
+    before = agreement_of(student.eval(), teacher)
+    distill(teacher, student.train(), steps=300, student_lr=0.03, precision="bfloat16", **QUICK)
+    assert agreement_of(student, teacher) > before + 0.25
+    assert all(weight.dtype is torch.float32 for weight in student.parameters())
+
+
+def test_networks_without_tokens_distil_with_a_note():
+    def plain(width):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, width), nn.ReLU(), nn.Linear(width, CLASSES))
+        network.default_cfg = {"input_size": (1, SIZE, SIZE)}
+        return network
+
+    result = distill(plain(16), plain(8), steps=12, **QUICK)
+    assert "tokens" not in result.history[-1]
+    assert any("token matching is off: the student has no forward_features" in note for note in result.report.notes)
+    assert result.report.settings["tokens"] == 0
+
+
+def test_timm_vits_of_other_sizes_share_tokens_and_are_accelerated():
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+
+    def vit(dim, patch_size):
+        return VisionTransformer(
+            img_size=SIZE, patch_size=patch_size, in_chans=1, num_classes=3, embed_dim=dim, depth=1, num_heads=1
+        )
+
+    result = distill(vit(32, 4), vit(16, 4), steps=6, **QUICK)
+    assert "tokens" in result.history[-1]
+    assert any(note.startswith("teacher: 1 of 1 attention blocks") for note in result.report.notes)
+    result = distill(vit(32, 4), vit(16, 2), steps=6, accelerate=False, **QUICK)
+    assert any("the student has 17 tokens and the teacher 5" in note for note in result.report.notes)
+    assert not any("attention blocks" in note for note in result.report.notes)
+
+
+def test_networks_that_do_not_fit_are_refused_before_the_run(tmp_path):
+    wrong_classes = tiny_student()
+    wrong_classes.head = nn.Linear(8, CLASSES + 1)
+    with pytest.raises(ValueError, match="student knows 5 classes and teacher 4"):
+        distill(tiny_teacher(), wrong_classes, steps=5, **QUICK)
+    with pytest.raises(ValueError, match=r"teacher TinyNet cannot take images of shape \(2, 3, 8, 8\)"):
+        distill(tiny_teacher(), tiny_student(), steps=5, channels=3, **QUICK)
+    with pytest.raises(ValueError, match="teacher gives shape"):
+        distill(nn.Flatten(2), tiny_student(), image_size=(8, 8), channels=1, **QUICK)
+    with pytest.raises(ValueError, match="no weight with requires_grad=True"):
+        distill(tiny_teacher(), tiny_student().requires_grad_(False), steps=5, **QUICK)
+    with pytest.raises(TypeError, match="did you mean steps"):
+        distill(tiny_teacher(), tiny_student(), step=5)
+    with pytest.raises(TypeError, match="evaluate is a int; accepted: batches"):
+        distill(tiny_teacher(), tiny_student(), evaluate=3)
+
+
+def test_is_replay_spreads_its_share():
+    for share in (0.0, 0.25, 0.5, 0.9):
+        replayed = [is_replay(step, share) for step in range(1000)]
+        assert sum(replayed) == pytest.approx(1000 * share, abs=1) and not replayed[0]
+    assert [is_replay(step, 0.5) for step in range(4)] == [False, True, False, True]
+
+
+def test_settings_in_the_report_repeat_the_run():
+    first = distill(tiny_teacher(), tiny_student(), steps=7, **QUICK)
+    again = distill(tiny_teacher(), tiny_student(), **json.loads(json.dumps(first.report.settings)))
+    assert same(state(first.student), state(again.student))
+    assert Config(**first.report.settings).image_size == (SIZE, SIZE)
+    assert isinstance(first.student, TinyNet)

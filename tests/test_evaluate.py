@@ -1,0 +1,60 @@
+"""Evaluation: exact shares over uneven batches, functions, and folders of images."""
+
+import pytest
+import torch
+from torch import nn
+
+from vitkd_fast.evaluate import check, evaluate_pair
+from vitkd_fast.generator import ImageSpec
+
+SPEC = ImageSpec(4, 4, (0.5,) * 3, (0.5,) * 3)
+
+
+class Fixed(nn.Module):
+    """Decides by the brightness of the image's first pixel, shifted."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift, self.anchor = shift, nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        return nn.functional.one_hot((images[:, 0, 0, 0].round().long() + self.shift) % 4, 4).float()
+
+
+def test_shares_are_exact_over_uneven_batches():
+    def images(*values):
+        return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+    batches = [(images(0, 1, 2), torch.tensor([0, 1, 3])), (images(3), torch.tensor([0]))]
+    result = evaluate_pair(Fixed(0), Fixed(1), batches, SPEC)
+    assert result == {"teacher_accuracy": 0.5, "student_accuracy": 0.5, "agreement": 0.0}
+    assert evaluate_pair(Fixed(0), Fixed(4), batches, SPEC)["agreement"] == 1.0
+
+
+def test_a_function_gives_accuracies():
+    result = evaluate_pair(Fixed(0), Fixed(1), lambda model: 0.25 + model.shift, SPEC)
+    assert result == {"teacher_accuracy": 0.25, "student_accuracy": 1.25, "agreement": None}
+
+
+def test_a_folder_of_images_is_normalised_as_the_teacher_wants(tmp_path):
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    from vitkd_fast.evaluate import image_folder
+
+    for label, level in (("cat", 0), ("dog", 255)):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (8, 6), (level,) * 3).save(tmp_path / label / "1.png")
+    ((images, labels),) = image_folder(tmp_path, SPEC)
+    assert images.shape == (2, 3, 4, 4) and labels.tolist() == [0, 1]
+    assert (images[0] == -1).all() and (images[1] == 1).all()
+
+
+def test_nothing_to_evaluate_and_wrong_kinds(tmp_path):
+    with pytest.raises(ValueError, match="yielded no images"):
+        evaluate_pair(Fixed(0), Fixed(1), [], SPEC)
+    with pytest.raises(FileNotFoundError, match="one subfolder of images per class"):
+        check(tmp_path / "absent")
+    with pytest.raises(TypeError, match="evaluate is a int; accepted: batches"):
+        check(3)
+    check(None)

@@ -1,0 +1,95 @@
+"""Guard: a bad step changes nothing at all, a good one is AdamW's; sums and counts are right when the host reads."""
+
+import math
+
+import pytest
+import torch
+from tiny import TinyNet, same, state
+from torch import nn
+
+from vitkd_fast.guard import GuardedAdamW, Ledger, one_cycle
+
+
+def one_step(model, optimizer, images, factor=1.0, progress=0.3):
+    loss = model(images).square().mean() * factor
+    optimizer.step(loss, {"loss": loss}, progress)
+
+
+def moments(optimizer):
+    return {
+        f"{index} {name}": value.clone()
+        for index, entry in enumerate(optimizer.optimizer.state.values())
+        for name, value in entry.items()
+    }
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e38])  # 1e38: a finite loss whose gradient's norm is not
+def test_a_bad_step_changes_neither_weights_nor_buffers_nor_moments(factor):
+    torch.manual_seed(0)
+    model, images = TinyNet(8).train(), torch.randn(16, 1, 8, 8)
+    optimizer = GuardedAdamW("student", model, 1e-2, ["loss"], clip=1.0)
+    one_step(model, optimizer, images)
+    before, moments_before = state(model), moments(optimizer)
+    one_step(model, optimizer, images + 1, factor)
+    assert same(state(model), before)
+    assert same(moments(optimizer), moments_before)
+    one_step(model, optimizer, images)
+    after = state(model)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    _, bad = optimizer.ledger.read()
+    assert bad["student_gradient"] == 1
+
+
+def test_nan_images_do_not_pollute_batchnorm():
+    torch.manual_seed(0)
+    model = TinyNet(8).train()
+    optimizer = GuardedAdamW("student", model, 1e-2, ["loss"])
+    before = state(model)
+    one_step(model, optimizer, torch.full((4, 1, 8, 8), math.nan))
+    assert same(state(model), before)
+
+
+def test_a_good_step_is_torchs_adamw_with_clipping():
+    torch.manual_seed(0)
+    ours, theirs = TinyNet(8).eval(), TinyNet(8).eval()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = GuardedAdamW("student", ours, 1e-2, ["loss"], weight_decay=0.1, clip=0.01)
+    reference = torch.optim.AdamW(theirs.parameters(), 1e-2, weight_decay=0.1)
+    for _ in range(5):
+        images = torch.randn(16, 1, 8, 8)
+        one_step(ours, optimizer, images)  # at 0.3 of the run the one-cycle rate is at its peak
+        reference.zero_grad()
+        theirs(images).square().mean().backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)
+        reference.step()
+    for (name, left), right in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_frozen_weights_are_left_alone():
+    model = TinyNet(8)
+    model.stem.requires_grad_(False)
+    before = state(model)
+    optimizer = GuardedAdamW("student", model, 1e-2, ["loss"], weight_decay=0.1)
+    one_step(model, optimizer, torch.randn(4, 1, 8, 8))
+    assert torch.equal(model.stem.weight, before["stem.weight"])
+    with pytest.raises(ValueError, match="no weight with requires_grad=True"):
+        GuardedAdamW("student", model.requires_grad_(False), 1e-2, [])
+
+
+def test_ledger_means_are_of_the_finite_values_since_the_last_read():
+    ledger = Ledger(["a", "b"], torch.device("cpu"))
+    values = [(1.0, 2.0), (3.0, math.nan), (math.inf, 4.0)]
+    flags = [ledger.add({"a": torch.tensor(a), "b": torch.tensor(b)}).item() for a, b in values]
+    assert flags == [0, 1, 1]
+    assert ledger.read() == ({"a": 2.0, "b": 3.0}, {"a": 1, "b": 1})
+    ledger.add({"a": torch.tensor(5.0), "b": torch.tensor(math.nan)})
+    means, bad = ledger.read()
+    assert means == {"a": 5.0} and bad == {"a": 1, "b": 2}
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
+    rates = [one_cycle(step / 1000, 2.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.08) and max(rates) == rates[300] == pytest.approx(2.0) and rates[-1] < 1e-4
+    assert rates[:301] == sorted(rates[:301]) and rates[300:] == sorted(rates[300:], reverse=True)

@@ -1,0 +1,152 @@
+"""Models: what a teacher says of its images; names and checkpoints; never a teacher with random weights."""
+
+import pytest
+import torch
+from tiny import TinyNet, same, state
+from torch import nn
+
+from vitkd_fast.config import Config
+from vitkd_fast.generator import ImageSpec
+from vitkd_fast.models import create_student, default_device, forward, frozen, image_spec, load_teacher
+
+timm = pytest.importorskip("timm")
+TEST_VIT = "test_vit"  # timm's own 0.37 M parameter ViT for tests, 160×160
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    return timm.create_model(TEST_VIT, num_classes=7, in_chans=1, img_size=32).eval()
+
+
+def load(path, **options):
+    return load_teacher(TEST_VIT, Config(teacher_checkpoint=path, image_size=(32, 32), **options))
+
+
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_are_unwrapped_and_say_classes_and_channels(trained, tmp_path, wrap, prefix):
+    weights = {prefix + key: tensor for key, tensor in trained.state_dict().items()}
+    torch.save({wrap: weights, "epoch": 3} if wrap else weights, tmp_path / "teacher.pt")
+    teacher = load(tmp_path / "teacher.pt")
+    assert same(state(teacher), state(trained))
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(teacher.eval()(images), trained(images))
+
+
+def test_safetensors(trained, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(trained.state_dict(), tmp_path / "teacher.safetensors")
+    assert same(state(load(tmp_path / "teacher.safetensors")), state(trained))
+
+
+def test_keys_that_do_not_fit_are_named(trained, tmp_path):
+    weights = trained.state_dict()
+    weights["stray.weight"] = weights.pop("norm.weight")
+    torch.save(weights, tmp_path / "teacher.pt")
+    with pytest.raises(ValueError, match=r"missing: norm\.weight; unexpected: stray\.weight"):
+        load(tmp_path / "teacher.pt")
+
+
+def test_another_image_size_is_explained(trained, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "teacher.pt")
+    with pytest.raises(ValueError, match=r"pos_embed .*Pass image_size="):
+        load_teacher(TEST_VIT, Config(teacher_checkpoint=tmp_path / "teacher.pt"))
+
+
+def test_a_pickle_is_not_run(tmp_path):
+    torch.save(TinyNet(4), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match="cannot be loaded safely"):
+        load(tmp_path / "module.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="cannot be loaded safely"):
+        load(tmp_path / "broken.safetensors")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="holds no state_dict"):
+        load(tmp_path / "empty.pt")
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        load(tmp_path / "absent.pt")
+
+
+def test_a_teacher_without_weights_is_an_error(monkeypatch):
+    unweighted = next(name for name in timm.list_models("vit_*") if not timm.is_model_pretrained(name))
+    with pytest.raises(RuntimeError, match=f"No pretrained weights for teacher '{unweighted}'"):
+        load_teacher(unweighted, Config())
+
+    def no_network(*args, **kwargs):
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(RuntimeError, match=r"hub cannot be reached\. Pass teacher_checkpoint="):
+        load_teacher("vit_tiny_patch16_224", Config())
+
+
+def test_wrong_teachers_and_students():
+    with pytest.raises(ValueError, match="did you mean vit_tiny_patch16_"):
+        load_teacher("vit_tiny_patch16", Config())
+    with pytest.raises(TypeError, match="teacher is a int; accepted: an nn"):
+        load_teacher(3, Config())
+    with pytest.raises(ValueError, match="goes with a teacher given by name"):
+        load_teacher(TinyNet(4), Config(teacher_checkpoint="x.pt"))
+
+
+def test_a_student_by_name_takes_the_teachers_images_and_classes():
+    spec = ImageSpec(32, 48, (0.5,), (0.5,))
+    for name in (TEST_VIT, "test_resnet"):
+        assert create_student(name, spec, 7)(torch.randn(2, 1, 32, 48)).shape == (2, 7)
+
+
+def test_image_spec_is_read_from_the_teacher():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), depth=1)
+    assert image_spec(vit, Config()) == ImageSpec(32, 48, (0.5,) * 3, (0.5,) * 3)
+    resnet = timm.create_model("test_resnet")
+    assert image_spec(resnet, Config()).mean == resnet.pretrained_cfg["mean"]
+    assert image_spec(TinyNet(4), Config()) == ImageSpec(8, 8, (0.5,), (0.25,))
+    grey = timm.create_model("test_resnet", in_chans=1)
+    assert image_spec(grey, Config()).mean == pytest.approx((sum(resnet.pretrained_cfg["mean"]) / 3,))
+
+
+def test_image_spec_can_be_given_and_must_be_known():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(ValueError, match="image_size and channels cannot be read from teacher Sequential"):
+        image_spec(plain, Config())
+    assert image_spec(plain, Config(image_size=(2, 2), channels=3, mean=(0.1, 0.2, 0.3), std=(0.5,))) == ImageSpec(
+        2, 2, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)
+    )
+    with pytest.raises(ValueError, match="mean has 2 values, but the teacher's images have 3 channels"):
+        image_spec(plain, Config(image_size=(2, 2), channels=3, mean=(0.1, 0.2)))
+
+
+def test_forward_gives_tokens_where_there_are_any():
+    vit = timm.create_model(TEST_VIT, num_classes=7, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    logits, tokens = forward(vit, images)
+    assert torch.equal(logits, vit(images))
+    assert tokens.shape == (2, 1 + (32 // 16) ** 2, vit.embed_dim)
+    assert forward(timm.create_model("test_resnet").eval(), images)[1] is None
+    assert forward(nn.Flatten(), images)[1] is None
+
+
+def test_frozen_gives_back_every_mode_and_flag_even_after_an_error():
+    model = nn.Sequential(TinyNet(4), TinyNet(4)).train()
+    model[0].norm.eval()
+    model[1].head.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    flags = [weight.requires_grad for weight in model.parameters()]
+    with pytest.raises(KeyboardInterrupt), frozen(model):
+        assert not any(module.training for module in model.modules())
+        assert not any(weight.requires_grad for weight in model.parameters())
+        raise KeyboardInterrupt
+    assert [module.training for module in model.modules()] == modes
+    assert [weight.requires_grad for weight in model.parameters()] == flags
+
+
+def test_default_device():
+    assert default_device(None, "name", TinyNet(4).to("meta"), TinyNet(4)).type == "meta"
+    assert default_device("cpu", TinyNet(4).to("meta")).type == "cpu"
+    with pytest.raises(ValueError, match="device is 'gpu'; accepted"):
+        default_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no CUDA device"):
+            default_device("cuda")

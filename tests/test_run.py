@@ -1,0 +1,121 @@
+"""The run folder: complete, readable by other tools, and never a finished run overwritten unasked."""
+
+import json
+
+import pytest
+import torch
+from tiny import TinyNet, same, smooth_images, state, tiny_student, tiny_teacher
+
+from vitkd_fast.config import Config
+from vitkd_fast.distill import distill
+from vitkd_fast.run import FILES, RunFolder, image_grid
+
+QUICK = {"batch_size": 16, "width": 16, "latent": 16, "log_every": 5, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "new" / "folder"
+    teacher = tiny_teacher()
+    images = smooth_images(100)
+    with torch.no_grad():
+        labels = teacher(images).argmax(1)
+    labels[:25] = (labels[:25] + 1) % 4  # the teacher is right in three quarters
+    result = distill(teacher, tiny_student(), steps=12, out=folder, evaluate=[(images, labels)], **QUICK)
+    return folder, result
+
+
+def test_the_folder_is_complete(run):
+    folder, _ = run
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+
+
+def test_config_is_resolved_and_repeats_the_run(run):
+    folder, result = run
+    config = json.loads((folder / "config.json").read_text())
+    assert config["teacher"] == config["student"] == "TinyNet"
+    settings = config["settings"]
+    assert settings["image_size"] == [8, 8] and settings["mean"] == [0.5] and settings["std"] == [0.25]
+    assert settings["channels"] == 1 and settings["device"] == "cpu" and settings["steps"] == 12
+    assert None not in (value for name, value in settings.items() if name != "teacher_checkpoint")
+    assert Config(**settings).to_dict() == result.report.settings
+    again = distill(tiny_teacher(), tiny_student(), **{**settings, "out": None})
+    assert same(state(again.student), state(result.student))
+
+
+def test_metrics_are_the_history_line_by_line(run):
+    folder, result = run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 12] == [entry["step"] for entry in result.history]
+    assert lines[0].keys() == {
+        *("step", "adversarial", "one_hot", "balance", "generator_gradient", "distillation", "tokens", "agreement"),
+        *("student_gradient", "images_per_second", "skipped"),
+    }
+
+
+def test_the_student_can_be_loaded(run):
+    from safetensors.torch import load_file
+
+    folder, result = run
+    student = TinyNet(8)
+    student.load_state_dict(load_file(folder / "student.safetensors"))
+    assert same(state(student), state(result.student))
+
+
+def test_the_report_says_what_was_measured(run):
+    folder, result = run
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "completed" and report["steps"] == 12 and report["seconds"] > 0
+    assert report["teacher_accuracy"] == 0.75
+    assert report["student_accuracy"] == result.report.student_accuracy
+    assert 0 <= report["agreement"] <= 1
+    assert report["teacher"]["parameters"] == sum(weight.numel() for weight in tiny_teacher().parameters())
+    assert report["versions"]["torch"] == torch.__version__ and report["versions"]["device"]
+    text = str(result.report)
+    assert "75.0 %" in text and "completed: 12 steps" in text
+
+
+def test_a_finished_run_is_kept_unless_told_otherwise(run):
+    folder, _ = run
+    before = (folder / "report.json").read_text()
+    with pytest.raises(ValueError, match="is not a timm model"):  # found out before anything is cleared away
+        distill(tiny_teacher(), "no_such_model", steps=3, out=folder, overwrite=True, **QUICK)
+    with pytest.raises(FileExistsError, match="holds a finished run; choose another folder or pass overwrite=True"):
+        distill(tiny_teacher(), tiny_student(), steps=3, out=folder, **QUICK)
+    assert (folder / "report.json").read_text() == before
+
+
+def test_an_unfinished_run_is_replaced(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("left over\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    folder = RunFolder(tmp_path, overwrite=False)
+    folder.start({"steps": 1})
+    folder.log({"step": 1})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (3, 3, 1), (64, 8, 8), (11, 8, 2)])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_image_grid_holds_every_image(count, columns, rows, channels):
+    pixels = (torch.arange(count) * 3 / 255).view(-1, 1, 1, 1).expand(-1, channels, 8, 8)
+    grid = image_grid(pixels)
+    assert grid.size == (columns * 50, rows * 50)  # 8×8 magnified six times, with a border
+    for index in range(count):
+        centre = grid.getpixel((index % 8 * 50 + 25, index // 8 * 50 + 25))
+        assert centre == (3 * index,) * 3
+
+
+def test_image_grid_keeps_colour_and_large_images():
+    pixels = torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1).expand(1, 3, 60, 64)
+    grid = image_grid(pixels)
+    assert grid.size == (66, 62) and grid.getpixel((30, 30)) == (255, 128, 0)
+
+
+def test_metrics_are_valid_json_when_a_window_has_no_generator_step(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    distill(tiny_teacher(), tiny_student(), steps=6, out=tmp_path, **{**QUICK, "log_every": 2})
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["adversarial" in line for line in lines] == [True, False, True]

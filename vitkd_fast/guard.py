@@ -1,0 +1,100 @@
+"""Training steps that the device itself skips when a loss or gradient is not finite, and what the host may read.
+
+Asking the host (`if loss.isfinite()`) would stall the device at every step. Here the decision is a tensor that torch's
+fused optimisers take, the one that GradScaler uses, and the counts wait on the device for the next log point.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps had a loss or gradient that was not finite."""
+
+
+class Ledger:
+    """Sums of named scalars and counts of their non-finite values, on the device until `read`."""
+
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        # Rows: sums and counts of the finite values since the last read; counts of the others since the start.
+        self.table = torch.zeros(3, len(self.names), device=device)
+
+    def add(self, values: dict[str, Tensor]) -> Tensor:
+        """Book one step's scalars; returns a 0/1 tensor: 1 when any of them is not finite."""
+        row = torch.stack([values[name].detach() for name in self.names])  # promotes to one dtype
+        finite = row.isfinite()
+        self.table += torch.stack([row.where(finite, 0), finite.float(), 1 - finite.float()])
+        return 1 - finite.all().float()
+
+    def read(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Means of what was finite since the last read, non-finite counts since the start. Here the host waits."""
+        sums, counts, bad = self.table.tolist()
+        self.table[:2] = 0
+        means = {name: total / count for name, total, count in zip(self.names, sums, counts, strict=True) if count}
+        return means, {name: int(count) for name, count in zip(self.names, bad, strict=True) if count}
+
+
+class GuardedAdamW:
+    """Fused AdamW on a one-cycle learning rate, skipped on the device where loss or gradient is not finite.
+
+    Args:
+        name: "generator" or "student"; its gradient's norm is booked as `<name>_gradient`.
+        module: its trainable weights are optimised; its buffers (BatchNorm averages) are put back when a step is
+            skipped.
+        lr: peak of the learning rate.
+        terms: names of the values that each step books in `ledger`.
+        clip: largest gradient norm; 0 does not clip.
+
+    Raises:
+        ValueError: the module has nothing to train.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        lr: float,
+        terms: Iterable[str],
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        clip: float = 0.0,
+    ) -> None:
+        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
+        if not self.weights:
+            raise ValueError(f"{type(module).__name__} has no weight with requires_grad=True, so it cannot learn.")
+        self.buffers = list(module.buffers())
+        self.kept_buffers = [buffer.clone() for buffer in self.buffers]
+        self.peak, self.clip = lr, clip
+        self.gradient = f"{name}_gradient"
+        self.ledger = Ledger([*terms, self.gradient], self.weights[0].device)
+        self.optimizer: Any = torch.optim.AdamW(self.weights, lr, betas, weight_decay=weight_decay, fused=True)
+
+    def step(self, loss: Tensor, values: dict[str, Tensor], progress: float) -> None:
+        """Differentiate `loss`, book `values` and the gradient's norm, and step unless one of them is not finite.
+
+        `progress` is the share of the run that is done, in [0, 1); it sets the learning rate.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = one_cycle(progress, self.peak)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        bad = self.ledger.add(values | {self.gradient: norm})
+        self.optimizer.found_inf = bad
+        self.optimizer.grad_scale = (norm / self.clip).clamp_(min=1) if self.clip else None
+        self.optimizer.step()
+        for buffer, kept in zip(self.buffers, self.kept_buffers, strict=True):
+            kept.copy_(buffer.copy_(torch.where(bad > 0, kept, buffer)))
+
+
+def one_cycle(progress: float, peak: float) -> float:
+    """Learning rate at a share of the run (Smith & Topin 2017): cosines up for 30 % of it, then down to nothing."""
+    if progress < 0.3:
+        return peak * (0.04 + 0.96 * (1 - math.cos(math.pi * progress / 0.3)) / 2)
+    return peak * (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2

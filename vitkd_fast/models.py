@@ -1,0 +1,188 @@
+"""Teacher and student: modules as given, or timm names; what a teacher knows about its images; how both are run."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_fast.checkpoint import load_into, read_state_dict
+from vitkd_fast.config import Config
+from vitkd_fast.generator import ImageSpec
+
+ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # names of timm models that are not in its own registry
+
+
+def default_device(device: str | None, *models: nn.Module | str) -> torch.device:
+    """The device asked for, else that of the first module given, else CUDA where there is one."""
+    if device is not None:
+        try:
+            found = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device is {device!r}; accepted: cpu, cuda, cuda:0, …") from error
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but torch sees no CUDA device; `vitkd doctor` says more.")
+        return found
+    for model in models:
+        if isinstance(model, nn.Module) and (weight := next(model.parameters(), None)) is not None:
+            return weight.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_teacher(teacher: nn.Module | str, config: Config) -> nn.Module:
+    """The module as given, or the timm model of that name with the weights of `teacher_checkpoint` or timm's own.
+
+    Raises:
+        ValueError: the name is not timm's, or a checkpoint is given to a module.
+        RuntimeError: no weights can be had. A teacher with random weights is never returned.
+    """
+    if isinstance(teacher, nn.Module):
+        if config.teacher_checkpoint is not None:
+            raise ValueError("teacher_checkpoint goes with a teacher given by name; load it into your module yourself.")
+        return teacher
+    _check_name(teacher, "teacher")
+    if config.teacher_checkpoint is not None:
+        return _from_checkpoint(teacher, config.teacher_checkpoint, config)
+    try:
+        if not teacher.startswith(ELSEWHERE) and not _timm().is_model_pretrained(teacher):
+            raise RuntimeError("timm has none of that name")
+        return _create(teacher, config.image_size, pretrained=True, **_channels(config.channels))
+    except Exception as error:  # hub, network and file errors share no base class
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise RuntimeError(
+            f"No pretrained weights for teacher {teacher!r}: {reason}. "
+            f"Pass teacher_checkpoint= (--teacher-checkpoint), a safetensors or state_dict file."
+        ) from error
+
+
+def create_student(student: nn.Module | str, spec: ImageSpec, classes: int) -> nn.Module:
+    """The module as given, or an untrained timm model of that name for the teacher's images and classes."""
+    if isinstance(student, nn.Module):
+        return student
+    _check_name(student, "student")
+    return _create(student, (spec.height, spec.width), num_classes=classes, in_chans=spec.channels)
+
+
+def image_spec(teacher: nn.Module, config: Config) -> ImageSpec:
+    """Image size, channels and normalisation: from the configuration, else from the teacher.
+
+    A timm model knows its size and channels by its patch embedding, and its normalisation by pretrained_cfg; a module
+    may carry `pretrained_cfg` or `default_cfg` = dict(input_size=(C, H, W), mean=(…), std=(…)) of its own.
+
+    Raises:
+        ValueError: neither says the size or the channels.
+    """
+    cfg = _cfg(teacher)
+    patch_embed = getattr(teacher, "patch_embed", None)
+    size = config.image_size or getattr(patch_embed, "img_size", None) or tuple(cfg.get("input_size") or ())[1:]
+    channels = config.channels or _input_channels(teacher) or next(iter(cfg.get("input_size") or ()), None)
+    if not size or not channels:
+        missing = " and ".join(name for name, known in (("image_size", size), ("channels", channels)) if not known)
+        raise ValueError(
+            f"{missing} cannot be read from teacher {type(teacher).__name__}: it has no patch_embed.img_size, "
+            f"pretrained_cfg or default_cfg. Pass {missing}= (image_size is height, width)."
+        )
+    normalisation = (
+        _per_channel(name, getattr(config, name), cfg.get(name) or (0.5,), channels) for name in ("mean", "std")
+    )
+    return ImageSpec(int(size[0]), int(size[1]), *normalisation)
+
+
+def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, classes) and, of a model with timm's forward_features, the last tokens (B, N, D); else None."""
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        features = model.forward_features(images)
+        logits = model.forward_head(features)
+        return logits, features if isinstance(features, Tensor) and features.dim() == 3 else None
+    return model(images), None
+
+
+@contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Eval mode and no weight gradients inside; each submodule's mode and each weight's requires_grad come back after.
+
+    Gradients still flow through to the images: a third of the backward pass, the weights', is not computed.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    trainable = [weight for model in models for weight in model.parameters() if weight.requires_grad]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for weight in trainable:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
+def _from_checkpoint(name: str, path: Path, config: Config) -> nn.Module:
+    """The classes and channels are the checkpoint's: its classifier and its first convolution say them."""
+    state, cfg = read_state_dict(path), _cfg(_create(name, config.image_size))
+    head, stem = _entry(state, cfg.get("classifier")), _entry(state, cfg.get("first_conv"))
+    channels = config.channels or (None if stem is None else stem.shape[1])
+    classes = {} if head is None else {"num_classes": head.shape[0]}
+    model = _create(name, config.image_size, **classes, **_channels(channels))
+    load_into(model, state, name, path)
+    return model
+
+
+def _entry(state: dict[str, Tensor], module: str | tuple[str, ...] | None) -> Tensor | None:
+    name = module if isinstance(module, str) or module is None else module[0]
+    return state.get(f"{name}.weight")
+
+
+def _channels(channels: int | None) -> dict[str, int]:
+    return {} if channels is None else {"in_chans": channels}
+
+
+def _create(name: str, size: tuple[int, int] | None, **options: Any) -> nn.Module:
+    timm = _timm()
+    if size is not None:
+        try:
+            return timm.create_model(name, img_size=size, **options)
+        except TypeError:  # convolutional models take any size, and no img_size
+            pass
+    return timm.create_model(name, **options)
+
+
+def _check_name(name: str, role: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{role} is a {type(name).__name__}; accepted: an nn.Module or the name of a timm model.")
+    timm = _timm()
+    if not name.startswith(ELSEWHERE) and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
+        raise ValueError(f"{role} {name!r} is not a timm model; {hint}")
+
+
+def _timm():
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError when it does not fit the torch
+        raise ImportError(
+            f"Models by name need timm, which cannot be imported here: {error}. pip install timm"
+        ) from error
+    return timm
+
+
+def _cfg(model: nn.Module) -> Mapping[str, Any]:
+    return getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+
+
+def _input_channels(model: nn.Module) -> int | None:
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def _per_channel(name: str, given: tuple | None, known: tuple, channels: int) -> tuple[float, ...]:
+    values = given or known
+    if len(values) in (1, channels):
+        return tuple(map(float, values)) * (channels // len(values))
+    if given:
+        raise ValueError(f"{name} has {len(given)} values, but the teacher's images have {channels} channels.")
+    return (sum(values) / len(values),) * channels  # timm, too, folds RGB weights when in_chans is not 3

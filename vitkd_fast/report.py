@@ -1,0 +1,111 @@
+"""What a run achieved: sizes and accuracies of both models, agreement, time and versions."""
+
+import contextlib
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitkd_fast._version import __version__
+from vitkd_fast.generator import ImageSpec
+from vitkd_fast.models import frozen
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Of one model: weights, floating-point operations for one image (a multiply-add is two), bytes when saved."""
+
+    name: str
+    parameters: int
+    flops: int
+    bytes: int
+
+
+@dataclass
+class Report:
+    """The outcome of `distill`; `str()` is the short text, `to_dict()` what report.json holds."""
+
+    status: str
+    """completed, interrupted or failed."""
+    steps: int
+    """Student steps made."""
+    seconds: float
+    """Wall time of the loop."""
+    images_per_second: float
+    """Images the student learnt from, per second."""
+    teacher: ModelFacts
+    student: ModelFacts
+    generated_agreement: float | None
+    """Share of generated images for which student and teacher decided alike, since the last log point but one."""
+    teacher_accuracy: float | None = None
+    student_accuracy: float | None = None
+    agreement: float | None = None
+    """On the evaluation data: share for which student and teacher decide alike."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Non-finite values by name of the loss term; each such step was skipped."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided for the user, and why."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("", "parameters", "FLOPs/image", "size", "accuracy")]
+        for role, facts, accuracy in (
+            ("teacher", self.teacher, self.teacher_accuracy),
+            ("student", self.student, self.student_accuracy),
+        ):
+            sizes = f"{facts.parameters:,}", f"{facts.flops / 1e6:,.1f} M", f"{facts.bytes / 1e6:,.2f} MB"
+            rows.append((role, *sizes, percent(accuracy)))
+        lines = [
+            "".join(f"{cell:>{width}}" for cell, width in zip(row, (7, 16, 16, 14, 11), strict=True)) for row in rows
+        ]
+        lines.append(
+            f"agreement: {percent(self.agreement)} on the evaluation data, "
+            f"{percent(self.generated_agreement)} on generated images"
+        )
+        lines.append(
+            f"{self.status}: {self.steps:,} steps in {self.seconds:,.1f} s, {self.images_per_second:,.0f} images/s"
+        )
+        if self.skipped:
+            lines.append("not finite, so skipped: " + ", ".join(f"{name} ×{n}" for name, n in self.skipped.items()))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def model_facts(model: nn.Module, spec: ImageSpec, name: str) -> ModelFacts:
+    """Count a model's parameters, saved bytes, and the operations of its matrix products and convolutions."""
+    image = torch.zeros(1, spec.channels, spec.height, spec.width, device=next(model.parameters()).device)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.vitkd.attention: _attention_flops})
+    with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # MATH: products the counter knows
+        model(image)
+    return ModelFacts(
+        name=name,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        flops=counter.get_total_flops(),
+        bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+    )
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of everything that a figure may depend on, and the device by name."""
+    found = {"python": platform.python_version(), "vitkd_fast": __version__, "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["timm"] = importlib.metadata.version("timm")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {**found, "device": name}
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _attention_flops(qkv_shape, scale, *args, out_shape=None, **kwargs) -> int:
+    batch, tokens, _, heads, head_dim = qkv_shape
+    return 4 * batch * heads * tokens * tokens * head_dim  # q k^T and weights·v

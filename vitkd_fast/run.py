@@ -1,0 +1,149 @@
+"""The folder of one run: what was asked, what happened at each log point, what came out."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vitkd_fast.config import Config
+from vitkd_fast.guard import Ledger, NonFiniteError
+from vitkd_fast.report import Report
+
+FILES = ("config.json", "metrics.jsonl", "images.png", "student.safetensors", "report.json")
+
+
+class RunFolder:
+    """Writes nothing when `folder` is None.
+
+    Raises:
+        FileExistsError: the folder holds a finished run and `overwrite` is False.
+    """
+
+    def __init__(self, folder: Path | None, overwrite: bool) -> None:
+        self.folder = folder
+        self.metrics: IO[str] | None = None
+        if folder is not None and (folder / "report.json").exists() and not overwrite:
+            raise FileExistsError(
+                f"out={folder} holds a finished run; choose another folder or pass overwrite=True (--overwrite)."
+            )
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Clear away an earlier run and write down what this one was asked."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        self._write_json("config.json", settings)
+        self.metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def log(self, entry: dict[str, Any]) -> None:
+        if self.metrics:
+            self.metrics.write(json.dumps(entry) + "\n")
+            self.metrics.flush()
+
+    def finish(self, student: nn.Module, pixels: Tensor, report: Report) -> None:
+        """Save the student, a grid of (B, C, H, W) images in [0, 1], then the report: the mark of a finished run."""
+        if self.folder is None or self.metrics is None:
+            return
+        from safetensors.torch import save_model
+
+        self.metrics.close()
+        save_model(student, str(self.folder / "student.safetensors"))
+        image_grid(pixels).save(self.folder / "images.png")
+        self._write_json("report.json", report.to_dict())
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        if self.folder:
+            (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def image_grid(pixels: Tensor, smallest: int = 48):
+    """(B, C, H, W) in [0, 1] as one PIL image, eight to a row; small images are magnified, all but RGB become grey."""
+    from PIL import Image
+
+    if pixels.shape[1] != 3:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    zoom = -(-smallest // min(pixels.shape[-2:]))
+    pixels = pixels.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    pixels = nn.functional.pad(pixels, (1, 1, 1, 1), value=1.0)
+    columns = min(8, len(pixels))
+    pixels = nn.functional.pad(pixels, (0, 0) * 3 + (0, -len(pixels) % columns), value=1.0)
+    rows = pixels.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
+    image = rows.reshape(rows.shape[0] * rows.shape[1], -1, 3).clamp(0, 1).mul(255).round()
+    return Image.fromarray(image.to(torch.uint8).cpu().numpy())
+
+
+class Log:
+    """The run's memory: at every log point, and only there, the host reads what the steps left on the device.
+
+    Raises:
+        NonFiniteError: from `step`, when more than `max_skipped` steps had to be skipped.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, ledgers: list[Ledger]) -> None:
+        self.config, self.folder, self.ledgers = config, folder, ledgers
+        self.history: list[dict[str, Any]] = []
+        self.skipped: dict[str, int] = {}
+        self.steps = 0
+        self.start = self.last = time.perf_counter()
+        self.bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True, disable=None if config.progress else True)
+
+    def step(self) -> None:
+        """Count one student step."""
+        self.steps += 1
+        if self.steps % self.config.log_every == 0 or self.steps == self.config.steps:
+            self.read()
+
+    def read(self) -> None:
+        unread = self.steps - (self.history[-1]["step"] if self.history else 0)
+        means: dict[str, float] = {}
+        for ledger in self.ledgers:
+            values, bad = ledger.read()
+            means |= values
+            self.skipped |= bad
+        now = time.perf_counter()
+        speed = unread * self.config.batch_size / (now - self.last)
+        self.last = now
+        entry = {
+            "step": self.steps,
+            **means,
+            "images_per_second": speed,
+            "skipped": max(self.skipped.values(), default=0),
+        }
+        self.history.append(entry)
+        self.folder.log(entry)
+        self.bar.update(unread)
+        self.bar.set_postfix_str(_postfix(means, speed), refresh=False)
+        if entry["skipped"] > self.config.max_skipped:
+            raise NonFiniteError(self._explain())
+
+    def close(self) -> None:
+        """Read what an interrupted run left unread, and end the progress bar."""
+        if self.steps > (self.history[-1]["step"] if self.history else 0):
+            with contextlib.suppress(NonFiniteError):
+                self.read()
+        self.bar.close()
+
+    @property
+    def seconds(self) -> float:
+        return self.last - self.start
+
+    def _explain(self) -> str:
+        terms = {name: count for name, count in self.skipped.items() if not name.endswith("_gradient")} or self.skipped
+        told = ", ".join(f"{name} ({count} times)" for name, count in terms.items())
+        return (
+            f"Not finite by step {self.steps}: {told}. Every such step was skipped, and max_skipped is "
+            f"{self.config.max_skipped}. Check that the teacher's logits are finite, lower student_lr or generator_lr, "
+            f"or use precision='float32'."
+        )
+
+
+def _postfix(means: dict[str, float], speed: float) -> str:
+    shown = [f"{name} {value:.3f}" for name, value in means.items() if not name.endswith("_gradient")]
+    return ", ".join([*shown, f"{speed:,.0f} images/s"])
