@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere(tmp_path_factory):
+    """Processes that tests start must import the installed package, not the source tree that pytest is run from."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.fixture
 def poisoned_memory():
     """Fill memory that a kernel has not written yet, so that reading it, or leaving it unwritten, shows.

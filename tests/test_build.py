@@ -62,7 +62,7 @@ def older_torch(tmp_path_factory) -> Path:
     """The python of a new environment that holds torch 2.13.0 and nothing of ours."""
     folder = tmp_path_factory.mktemp("older_torch")
     venv.create(folder, with_pip=True)
-    pip = [folder / "bin/python", "-m", "pip", "install", "-q", "torch==2.13.0", "numpy"]
+    pip = [folder / "bin/python", "-m", "pip", "install", "-q", "torch==2.13.0", "numpy", "safetensors", "tqdm"]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"torch 2.13.0 cannot be installed here: {done.stderr[-300:]}")

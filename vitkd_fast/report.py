@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitkd_fast._version import __version__
 from vitkd_fast.generator import ImageSpec
@@ -81,6 +80,8 @@ class Report:
 
 def model_facts(model: nn.Module, spec: ImageSpec, name: str) -> ModelFacts:
     """Count a model's parameters, saved bytes, and the operations of its matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
+
     image = torch.zeros(1, spec.channels, spec.height, spec.width, device=next(model.parameters()).device)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.vitkd.attention: _attention_flops})
     with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # MATH: products the counter knows
