@@ -31,7 +31,7 @@ def distill(
         raise KeyboardInterrupt
 
 
-def demo(seed: int = 0, steps: int = 6000, json: Path | None = None, out: Path | None = None) -> None:
+def demo(seed: int = 0, steps: int = 5000, json: Path | None = None, out: Path | None = None) -> None:
     """Train a small ViT on real handwritten digits, drop the digits, and distil a ViT a quarter its size from it.
 
     Args:

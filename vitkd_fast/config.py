@@ -59,7 +59,7 @@ class Config:
     """Softens the logits in kl, reverse_kl and js; must stay 1 for l1 and mse."""
     tokens: float = 1.0
     """Weight of matching the student's last tokens to the teacher's through a learned projection; 0 is off."""
-    adversarial: float = 1.0
+    adversarial: float = 0.3
     """Weight of the generator's disagreement term."""
     one_hot: float = 1.0
     """Weight of the generator's class prior: the teacher should be sure of each image."""
