@@ -88,13 +88,17 @@ def test_ctrl_c_saves_the_student_and_exits_with_130(tmp_path):
         [sys.executable, "-m", "vitkd_fast", "distill", *names, *options, "--out", str(tmp_path / "run")],
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted: " in output
     assert json.loads((tmp_path / "run/report.json").read_text())["status"] == "interrupted"
