@@ -15,13 +15,14 @@ from environment import find_torch
 # The Stable ABI of torch 2.10: later versions load what is built here, whichever of them it is built against.
 TORCH_TARGET = "0x020a000000000000"
 
-# Every CPU kernel is compiled once per instruction set, into a namespace of that name; dispatch.cpp chooses.
+# Every CPU kernel is compiled once per instruction set, into a namespace of that name; dispatch.cpp chooses. The sets of
+# BFLOAT16 have instructions for bfloat16 products, and compile only what uses them.
 INSTRUCTION_SETS = {"portable": ""}
+BFLOAT16 = {}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS |= {
-        "avx2": "-mavx2 -mfma -mf16c",
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
-    }
+    avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": avx512}
+    BFLOAT16 |= {"avx512_bf16": f"{avx512} -mavx512bf16"}
 ONCE = ("dispatch.cpp", "isa.cpp")
 
 # Ampere, Ada (which runs code for 8.6), Hopper, Blackwell; PTX for what comes after.
@@ -58,9 +59,7 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
 
     cpu = Library(f"{cxx} -shared", torch_library)
     cpu.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cpu -DVITKD_KEY=CPU") for path in csrc]
-    for path in sorted((root / "kernels/cpu").glob("*.cpp")):
-        sets = {"": ""} if path.name in ONCE else INSTRUCTION_SETS
-        cpu.objects += [("cxx", path, f"-DVITKD_ISA={name} {flags}" if name else "") for name, flags in sets.items()]
+    cpu.objects += [("cxx", path, flags) for path, flags in cpu_kernels(root)]
     found = {"_C_cpu": cpu}
 
     architectures = cuda_architectures(nvcc) if nvcc else []
@@ -83,6 +82,18 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
         ("cxx", root / "kernels/cpu/isa.cpp", ""),
     ]
     return found | {"_facts": facts}
+
+
+def cpu_kernels(root: Path) -> list[tuple[Path, str]]:
+    """The sources of the CPU kernels, each as often as it is compiled, with its flags."""
+    found = []
+    for path in sorted((root / "kernels/cpu").glob("*.cpp")):
+        if path.name in ONCE:
+            found.append((path, ""))
+        else:
+            sets = INSTRUCTION_SETS | (BFLOAT16 if path.name == "attention.cpp" else {})
+            found += [(path, f"-DVITKD_ISA={name} {flags}") for name, flags in sets.items()]
+    return found
 
 
 def find_nvcc() -> str | None:

@@ -1,151 +1,265 @@
-// Attention on the CPU: one task owns a head, with its whole K and V packed once into the core's cache. A strip of
-// query rows meets all keys at once, so the softmax takes one pass and only a strip of scores ever exists.
+// Attention on the CPU: one task owns a head, with its whole K and V packed once into the core's cache. All keys meet a
+// strip of queries at once, as a matrix of scores with one column per query: the softmax then runs down the columns, as
+// many queries abreast as a vector has lanes, and only a strip of scores ever exists.
 #include "../kernels.h"
 #include "gemm.h"
+#include "pack.h"
 #include "workspace.h"
 
 namespace vitkd::cpu::VITKD_ISA {
 
 namespace {
 
-// Rows of one strip: a multiple of the tile's rows; at 208 keys a strip of scores takes 40 KB.
-constexpr int64_t kStrip = 48;
 constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kStripLanes = 64;  // queries of one strip: at 197 keys their scores take 50 KB
 
-int64_t strip_rows(int64_t first, int64_t tokens) { return tokens - first < kStrip ? tokens - first : kStrip; }
+template <class In>
+constexpr bool kCoarse = std::is_same_v<In, Pair>;
 
-// rows of a strided (tokens, head_dim) into rows of `width`, widened and scaled, the padding zero
-template <class S, class T = Compute<S>>
-void pack_rows(const S* in, int64_t stride, int64_t tokens, int64_t head_dim, T scale, T* out, int64_t width) {
-  for (int64_t n = 0; n < tokens; ++n) unpack(in + n * stride, head_dim, scale, out + n * width, width, T(0));
-}
-
-// (tokens, width) into (head_dim, keys): what the scores' product streams; keys past the last token are zero
-template <class T>
-void transpose(const T* in, int64_t tokens, int64_t head_dim, int64_t width, T* out, int64_t keys) {
-  for (int64_t d = 0; d < head_dim; ++d) {
-    for (int64_t n = 0; n < tokens; ++n) out[d * keys + n] = in[n * width + d];
-    for (int64_t n = tokens; n < keys; ++n) out[d * keys + n] = 0;
+// Strips as even as whole vectors allow: 197 queries are 13 vectors of 16, in strips of 4, 3, 3 and 3.
+template <class T, class Body>
+void for_each_strip(int64_t tokens, Body body) {
+  constexpr int64_t most = kStripLanes / kLanes<T>;
+  int64_t vectors = pad<T>(tokens) / kLanes<T>;
+  for (int64_t first = 0; first < tokens;) {
+    const int64_t strips = (vectors + most - 1) / most, width = (vectors + strips - 1) / strips;
+    const int64_t columns = width * kLanes<T>;
+    body(first, tokens - first < columns ? tokens - first : columns, columns);
+    first += columns;
+    vectors -= width;
   }
 }
 
-// One row of scores (in units of log 2) into exp2(score - max), zero past the last token; returns the row's sum.
 template <class T>
-T exponentials(T* row, int64_t tokens, int64_t keys) {
-  for (int64_t n = tokens; n < keys; ++n) row[n] = -__builtin_inf();
-  Vec<T> most = load(row);
-  for (int64_t n = kLanes<T>; n < keys; n += kLanes<T>) most = maximum<T>(load(row + n), most);
-  const Vec<T> peak = broadcast(max<T>(most));
-  Vec<T> total = {};
-  for (int64_t n = 0; n < keys; n += kLanes<T>) {
-    const Vec<T> e = exp2(load(row + n) - peak);
-    store(row + n, e);
-    total += e;
-  }
-  return sum<T>(total);
+int64_t widest_strip(int64_t tokens) {
+  return pad<T>(tokens) < kStripLanes ? pad<T>(tokens) : kStripLanes;
+}
+
+// body(row, constant) for all rows, as many at a time as the constant says: four independent sums hide the latency of
+// one, and lose less to rounding.
+template <class Body>
+inline void by_fours(int64_t rows, Body body) {
+  int64_t n = 0;
+  for (; n + 4 <= rows; n += 4) body(n, std::integral_constant<int, 4>{});
+  if (rows & 2) body(n, std::integral_constant<int, 2>{}), n += 2;
+  if (rows & 1) body(n, std::integral_constant<int, 1>{});
 }
 
 template <class T>
-void scale_row(T* row, int64_t keys, T factor) {
-  for (int64_t n = 0; n < keys; n += kLanes<T>) store(row + n, load(row + n) * factor);
+Vec<T> column_max(const T* scores, int64_t tokens, int64_t columns) {
+  Vec<T> most[4];
+  for (Vec<T>& each : most) each = load(scores);
+  by_fours(tokens, [&](int64_t n, auto rows) {
+    for (int i = 0; i < rows; ++i) most[i] = maximum<T>(load(scores + (n + i) * columns), most[i]);
+  });
+  return maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3]));
 }
 
-// Turns weights P and their gradient dP, in place, into dS = P (dP - sum(P dP)).
 template <class T>
-void softmax_backward(const T* weights, T* grad, int64_t keys) {
-  Vec<T> dot = {};
-  for (int64_t n = 0; n < keys; n += kLanes<T>) dot += load(weights + n) * load(grad + n);
-  const T delta = sum<T>(dot);
-  for (int64_t n = 0; n < keys; n += kLanes<T>) store(grad + n, load(weights + n) * (load(grad + n) - delta));
+Vec<T> total(const Vec<T> (&parts)[4]) {
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// One vector of columns of scores becomes exp2(factor * (score - max)), as the operand of a sum over keys; in place for
+// floats. Returns the sum of each column.
+template <class In, class T>
+Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* weights) {
+  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
+  Vec<T> sums[4] = {};
+  by_fours(tokens, [&](int64_t n, auto rows) {
+    Vec<T> e[rows];
+    for (int i = 0; i < rows; ++i) {
+      e[i] = exp2<kCoarse<In>>(load(scores + (n + i) * columns) * factor - peak);
+      sums[i] += e[i];
+    }
+    if constexpr (kSteps<In> == 1) {
+      for (int i = 0; i < rows; ++i) store(weights + (n + i) * columns, e[i]);
+    } else {
+      for (int i = 0; i < rows; i += 2) {
+        store_operand(weights + (n + i) / 2 * columns, join(e[i], i + 1 < rows ? e[i + 1] : Vec<T>{}));
+      }
+    }
+  });
+  return total<T>(sums);
+}
+
+// Operands that hold a strip's weights P and their gradient dS = P (dP - sum(P dP)).
+template <class In>
+struct Softened {
+  In *weights_rows, *grad_rows;  // (tokens, columns / steps): for sums over queries
+  In* grad_down;                 // (tokens / steps, columns): for sums over keys
+};
+
+// One vector of columns of scores and dP; for floats, P and dS replace them.
+template <class In, class T>
+void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, const Softened<In>& out) {
+  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
+  Vec<T> sums[4] = {}, dots[4] = {};
+  by_fours(tokens, [&](int64_t n, auto rows) {
+    for (int i = 0; i < rows; ++i) {
+      T* score = scores + (n + i) * columns;
+      const Vec<T> e = exp2<kCoarse<In>>(load(score) * factor - peak);
+      store(score, e);
+      sums[i] += e;
+      dots[i] += e * load(grads + (n + i) * columns);
+    }
+  });
+  const Vec<T> inverse = T(1) / total<T>(sums), delta = total<T>(dots) * inverse;
+  by_fours(tokens, [&](int64_t n, auto rows) {
+    Vec<T> p[rows], ds[rows];
+    for (int i = 0; i < rows; ++i) {
+      p[i] = load(scores + (n + i) * columns) * inverse;
+      ds[i] = p[i] * (load(grads + (n + i) * columns) - delta);
+    }
+    if constexpr (kSteps<In> == 1) {
+      for (int i = 0; i < rows; ++i) {
+        store(out.weights_rows + (n + i) * columns, p[i]);
+        store(out.grad_rows + (n + i) * columns, ds[i]);
+      }
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        const int64_t at = (n + i) * columns / 2;
+        store_narrow(reinterpret_cast<bf16*>(out.weights_rows + at), p[i]);
+        store_narrow(reinterpret_cast<bf16*>(out.grad_rows + at), ds[i]);
+      }
+      for (int i = 0; i < rows; i += 2) {
+        store_operand(out.grad_down + (n + i) / 2 * columns, join(ds[i], i + 1 < rows ? ds[i + 1] : Vec<T>{}));
+      }
+    }
+  });
+}
+
+// Where the q, k and v of a head begin.
+template <class S, class Args>
+const S* head_of(const Args& args, int64_t index) {
+  const int64_t b = index / args.heads, h = index % args.heads;
+  return static_cast<const S*>(args.qkv) + b * args.qkv_stride[0] + h * args.qkv_stride[3];
 }
 
 template <class S>
+const S* grad_of(const AttentionBackward& args, int64_t index) {
+  const int64_t b = index / args.heads, h = index % args.heads;
+  return static_cast<const S*>(args.grad_out) + b * args.grad_out_stride[0] + h * args.grad_out_stride[2];
+}
+
+template <class S, class Args>
+Ahead next_head(const Args& args, int64_t index) {
+  Ahead ahead;
+  if (index + 1 >= args.batch * args.heads) return ahead;
+  const int64_t bytes = args.head_dim * int64_t{sizeof(S)}, stride = int64_t{sizeof(S)};
+  for (int64_t i = 0; i < 3; ++i) {
+    ahead.add(head_of<S>(args, index + 1) + i * args.qkv_stride[2], args.qkv_stride[1] * stride, args.tokens, bytes);
+  }
+  if constexpr (std::is_same_v<Args, AttentionBackward>) {
+    ahead.add(grad_of<S>(args, index + 1), args.grad_out_stride[1] * stride, args.tokens, bytes);
+  }
+  return ahead;
+}
+
+template <class S, class In>
 void forward_head(const Attention& args, int64_t index, Workspace& memory) {
-  using T = Compute<S>;
+  using T = SumOf<In>;
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
   const int64_t b = index / args.heads, h = index % args.heads, row_stride = args.qkv_stride[1];
-  const int64_t keys = pad<T>(tokens), width = pad<T>(head_dim);
-  const S* query = static_cast<const S*>(args.qkv) + b * args.qkv_stride[0] + h * args.qkv_stride[3];
+  const int64_t width = pad<T>(head_dim), depth = steps<In>(head_dim), key_width = pad<T>(depth);
+  const int64_t strip = widest_strip<T>(tokens);
+  const S* query = head_of<S>(args, index);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
   S* out = static_cast<S*>(args.out) + (b * tokens * args.heads + h) * head_dim;
 
+  Ahead ahead = next_head<S>(args, index);
   memory.rewind();
-  T* rows = memory.take<T>(tokens * width);
-  T* key_t = memory.take<T>(head_dim * keys);
-  T* scores = memory.take<T>(kStrip * keys);
-  T* strip = memory.take<T>(kStrip * width);
-  pack_rows(key, row_stride, tokens, head_dim, T(1), rows, width);
-  transpose(rows, tokens, head_dim, width, key_t, keys);
-  pack_rows(value, row_stride, tokens, head_dim, T(1), rows, width);
+  In* key_rows = memory.take<In>(tokens * key_width);
+  In* value_down = memory.take<In>(steps<In>(tokens) * width);
+  In* query_across = memory.take<In>(depth * strip);
+  T* scores = memory.take<T>(tokens * strip);
+  T* out_strip = memory.take<T>(strip * width);
+  In* weights = kSteps<In> == 1 ? reinterpret_cast<In*>(scores) : memory.take<In>(steps<In>(tokens) * strip);
+  pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
+  pack_down(value, row_stride, tokens, head_dim, value_down, width);
 
-  for (int64_t first = 0; first < tokens; first += kStrip) {
-    const int64_t n = strip_rows(first, tokens);
-    pack_rows(query + first * row_stride, row_stride, n, head_dim, T(args.scale * kLog2E), strip, width);
-    gemm<T>({n, keys, head_dim, strip, width, 1, key_t, keys, scores, keys, false});
-    T sums[kStrip];
-    for (int64_t i = 0; i < n; ++i) sums[i] = exponentials(scores + i * keys, tokens, keys);
-    gemm<T>({n, width, tokens, scores, keys, 1, rows, width, strip, width, false});
-    for (int64_t i = 0; i < n; ++i) {
-      pack(strip + i * width, head_dim, T(1) / sums[i], out + (first + i) * args.heads * head_dim);
+  // floats take scale * log2(e) into the query, pairs into the exponent
+  const T scale = T(args.scale * kLog2E), factor = kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
+  for_each_strip<T>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
+    pack_across(query + first * row_stride, row_stride, rows, head_dim, scale, query_across, columns);
+    gemm<In>({tokens, columns, depth, key_rows, key_width, 1, query_across, columns, scores, columns, false, &ahead});
+    T inverse[kStripLanes];
+    for (int64_t n = 0; n < columns; n += kLanes<T>) {
+      store(inverse + n, T(1) / exponentials(scores + n, tokens, columns, factor, weights + n));
     }
-  }
+    gemm<In>({rows, width, steps<In>(tokens), weights, 1, columns, value_down, width, out_strip, width, false, &ahead});
+    for (int64_t i = 0; i < rows; ++i) {
+      pack(out_strip + i * width, head_dim, inverse[i], out + (first + i) * args.heads * head_dim);
+    }
+  });
 }
 
-template <class S>
+template <class S, class In>
 void backward_head(const AttentionBackward& args, int64_t index, Workspace& memory) {
-  using T = Compute<S>;
+  using T = SumOf<In>;
+  constexpr bool pairs = kSteps<In> == 2;
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
   const int64_t b = index / args.heads, h = index % args.heads, row_stride = args.qkv_stride[1];
-  const int64_t keys = pad<T>(tokens), width = pad<T>(head_dim), size = tokens * width;
-  const S* query = static_cast<const S*>(args.qkv) + b * args.qkv_stride[0] + h * args.qkv_stride[3];
+  const int64_t width = pad<T>(head_dim), depth = steps<In>(head_dim), key_width = pad<T>(depth);
+  const int64_t strip = widest_strip<T>(tokens), token_steps = steps<In>(tokens);
+  const S* query = head_of<S>(args, index);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
-  const S* grad = static_cast<const S*>(args.grad_out) + b * args.grad_out_stride[0] + h * args.grad_out_stride[2];
+  const S* grad = grad_of<S>(args, index);
   const int64_t grad_stride = args.grad_out_stride[1];
   const int64_t channels = args.heads * head_dim, out_stride = 3 * channels;
   S* grad_qkv = static_cast<S*>(args.grad_qkv) + b * tokens * out_stride + h * head_dim;
 
+  Ahead ahead = next_head<S>(args, index);
   memory.rewind();
-  T* keys_packed = memory.take<T>(size);
-  T* key_t = memory.take<T>(head_dim * keys);
-  T* value_t = memory.take<T>(head_dim * keys);
-  T* grad_key = memory.take<T>(size);
-  T* grad_value = memory.take<T>(size);
-  T* weights = memory.take<T>(kStrip * keys);
-  T* grad_scores = memory.take<T>(kStrip * keys);
-  T* query_strip = memory.take<T>(kStrip * width);
-  T* grad_strip = memory.take<T>(kStrip * width);
-  T* grad_query = memory.take<T>(kStrip * width);
-  pack_rows(value, row_stride, tokens, head_dim, T(1), keys_packed, width);
-  transpose(keys_packed, tokens, head_dim, width, value_t, keys);
-  pack_rows(key, row_stride, tokens, head_dim, T(1), keys_packed, width);
-  transpose(keys_packed, tokens, head_dim, width, key_t, keys);
+  In* key_rows = memory.take<In>(tokens * key_width);
+  In* value_rows = memory.take<In>(tokens * key_width);
+  In* query_across = memory.take<In>(depth * strip);
+  In* grad_across = memory.take<In>(depth * strip);
+  In* query_down = memory.take<In>(steps<In>(strip) * width);
+  In* grad_down = memory.take<In>(steps<In>(strip) * width);
+  T* scores = memory.take<T>(tokens * strip);
+  T* grads = memory.take<T>(tokens * strip);
+  T* grad_query = memory.take<T>(strip * width);
+  T* grad_key = memory.take<T>(tokens * width);
+  T* grad_value = memory.take<T>(tokens * width);
+  In* key_down = pairs ? memory.take<In>(token_steps * width) : key_rows;
+  Softened<In> softened = {reinterpret_cast<In*>(scores), reinterpret_cast<In*>(grads), reinterpret_cast<In*>(grads)};
+  if (pairs) {
+    softened = {memory.take<In>(tokens * strip / 2), memory.take<In>(tokens * strip / 2),
+                memory.take<In>(token_steps * strip)};
+    pack_down(key, row_stride, tokens, head_dim, key_down, width);
+  }
+  pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
+  pack_rows(value, row_stride, tokens, head_dim, value_rows, key_width);
 
-  // Scaling q once puts scale * log 2(e) into the scores, and the same factor, taken out again, into dK.
-  const T score_scale = T(args.scale * kLog2E);
-  for (int64_t first = 0; first < tokens; first += kStrip) {
-    const int64_t n = strip_rows(first, tokens);
-    const bool later = first > 0;
-    pack_rows(query + first * row_stride, row_stride, n, head_dim, score_scale, query_strip, width);
-    pack_rows(grad + first * grad_stride, grad_stride, n, head_dim, T(1), grad_strip, width);
-    gemm<T>({n, keys, head_dim, query_strip, width, 1, key_t, keys, weights, keys, false});
-    gemm<T>({n, keys, head_dim, grad_strip, width, 1, value_t, keys, grad_scores, keys, false});
-    for (int64_t i = 0; i < n; ++i) {
-      T* row = weights + i * keys;
-      const T total = exponentials(row, tokens, keys);
-      scale_row(row, keys, T(1) / total);
-      softmax_backward(row, grad_scores + i * keys, keys);
+  const T scale = T(args.scale * kLog2E), factor = pairs ? (scale < 0 ? -scale : scale) : T(1);
+  for_each_strip<T>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
+    const S* queries = query + first * row_stride;
+    const S* grads_out = grad + first * grad_stride;
+    pack_across(queries, row_stride, rows, head_dim, scale, query_across, columns);
+    pack_across(grads_out, grad_stride, rows, head_dim, T(1), grad_across, columns);
+    pack_down(queries, row_stride, rows, head_dim, query_down, width);
+    pack_down(grads_out, grad_stride, rows, head_dim, grad_down, width);
+    gemm<In>({tokens, columns, depth, key_rows, key_width, 1, query_across, columns, scores, columns, false, &ahead});
+    gemm<In>({tokens, columns, depth, value_rows, key_width, 1, grad_across, columns, grads, columns, false, &ahead});
+    for (int64_t n = 0; n < columns; n += kLanes<T>) {
+      const int64_t m = n / kSteps<In>;
+      softmax_backward<In>(scores + n, grads + n, tokens, columns, factor,
+                           {softened.weights_rows + m, softened.grad_rows + m, softened.grad_down + n});
     }
-    gemm<T>({n, width, tokens, grad_scores, keys, 1, keys_packed, width, grad_query, width, false});
-    gemm<T>({tokens, width, n, weights, 1, keys, grad_strip, width, grad_value, width, later});
-    gemm<T>({tokens, width, n, grad_scores, 1, keys, query_strip, width, grad_key, width, later});
-    for (int64_t i = 0; i < n; ++i) {
+    const int64_t row_steps = steps<In>(rows), a_row = columns / kSteps<In>;
+    const bool later = first > 0;
+    gemm<In>({rows, width, token_steps, softened.grad_down, 1, columns, key_down, width, grad_query, width, false, &ahead});
+    gemm<In>({tokens, width, row_steps, softened.weights_rows, a_row, 1, grad_down, width, grad_value, width, later, &ahead});
+    gemm<In>({tokens, width, row_steps, softened.grad_rows, a_row, 1, query_down, width, grad_key, width, later, &ahead});
+    for (int64_t i = 0; i < rows; ++i) {
       pack(grad_query + i * width, head_dim, T(args.scale), grad_qkv + (first + i) * out_stride);
     }
-  }
+  });
   for (int64_t n = 0; n < tokens; ++n) {
-    pack(grad_key + n * width, head_dim, T(1 / kLog2E), grad_qkv + n * out_stride + channels);
+    pack(grad_key + n * width, head_dim, T(args.scale), grad_qkv + n * out_stride + channels);
     pack(grad_value + n * width, head_dim, T(1), grad_qkv + n * out_stride + 2 * channels);
   }
 }
@@ -168,22 +282,32 @@ void for_each_head(const Args& args, ParallelFor parallel_for) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)  // this instruction set is asked for bfloat16 alone
+void attention(const Attention& args, ParallelFor parallel_for) {
+  for_each_head<Attention, forward_head<bf16, Pair>>(args, parallel_for);
+}
+
+void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) {
+  for_each_head<AttentionBackward, backward_head<bf16, Pair>>(args, parallel_for);
+}
+#else
 void attention(const Attention& args, ParallelFor parallel_for) {
   switch (args.dtype) {
-    case DType::float32: return for_each_head<Attention, forward_head<float>>(args, parallel_for);
-    case DType::bfloat16: return for_each_head<Attention, forward_head<bf16>>(args, parallel_for);
-    case DType::float16: return for_each_head<Attention, forward_head<f16>>(args, parallel_for);
-    case DType::float64: return for_each_head<Attention, forward_head<double>>(args, parallel_for);
+    case DType::float32: return for_each_head<Attention, forward_head<float, float>>(args, parallel_for);
+    case DType::bfloat16: return for_each_head<Attention, forward_head<bf16, float>>(args, parallel_for);
+    case DType::float16: return for_each_head<Attention, forward_head<f16, float>>(args, parallel_for);
+    case DType::float64: return for_each_head<Attention, forward_head<double, double>>(args, parallel_for);
   }
 }
 
 void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) {
   switch (args.dtype) {
-    case DType::float32: return for_each_head<AttentionBackward, backward_head<float>>(args, parallel_for);
-    case DType::bfloat16: return for_each_head<AttentionBackward, backward_head<bf16>>(args, parallel_for);
-    case DType::float16: return for_each_head<AttentionBackward, backward_head<f16>>(args, parallel_for);
-    case DType::float64: return for_each_head<AttentionBackward, backward_head<double>>(args, parallel_for);
+    case DType::float32: return for_each_head<AttentionBackward, backward_head<float, float>>(args, parallel_for);
+    case DType::bfloat16: return for_each_head<AttentionBackward, backward_head<bf16, float>>(args, parallel_for);
+    case DType::float16: return for_each_head<AttentionBackward, backward_head<f16, float>>(args, parallel_for);
+    case DType::float64: return for_each_head<AttentionBackward, backward_head<double, double>>(args, parallel_for);
   }
 }
+#endif
 
 }  // namespace vitkd::cpu::VITKD_ISA

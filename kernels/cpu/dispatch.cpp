@@ -6,36 +6,39 @@
 
 namespace vitkd::cpu {
 
-#define VITKD_DECLARE(isa)                                     \
-  namespace isa {                                              \
-  void attention(const Attention&, ParallelFor);               \
+#define VITKD_DECLARE(isa)                                        \
+  namespace isa {                                                 \
+  void attention(const Attention&, ParallelFor);                  \
   void attention_backward(const AttentionBackward&, ParallelFor); \
-  void kd_loss(const KDLoss&, ParallelFor);                    \
+  void kd_loss(const KDLoss&, ParallelFor);                       \
   }
 
 VITKD_DECLARE(portable)
 #if defined(__x86_64__)
 VITKD_DECLARE(avx2)
 VITKD_DECLARE(avx512)
+VITKD_DECLARE(avx512_bf16)  // attention in bfloat16 alone
 #endif
 
 namespace {
 
 struct Kernels {
-  decltype(&portable::attention) attention;
-  decltype(&portable::attention_backward) attention_backward;
+  decltype(&portable::attention) attention, attention_bf16;
+  decltype(&portable::attention_backward) attention_backward, attention_backward_bf16;
   decltype(&portable::kd_loss) kd_loss;
 };
 
-#define VITKD_KERNELS(isa) Kernels{isa::attention, isa::attention_backward, isa::kd_loss}
+#define VITKD_KERNELS(isa, bf16) \
+  Kernels { isa::attention, bf16::attention, isa::attention_backward, bf16::attention_backward, isa::kd_loss }
 
 Kernels choose() {
 #if defined(__x86_64__)
   const char* isa = chosen_isa();
-  if (std::strcmp(isa, "avx512") == 0) return VITKD_KERNELS(avx512);
-  if (std::strcmp(isa, "avx2") == 0) return VITKD_KERNELS(avx2);
+  if (std::strcmp(isa, "avx512_bf16") == 0) return VITKD_KERNELS(avx512, avx512_bf16);
+  if (std::strcmp(isa, "avx512") == 0) return VITKD_KERNELS(avx512, avx512);
+  if (std::strcmp(isa, "avx2") == 0) return VITKD_KERNELS(avx2, avx2);
 #endif
-  return VITKD_KERNELS(portable);
+  return VITKD_KERNELS(portable, portable);
 }
 
 const Kernels& kernels() {
@@ -45,9 +48,13 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void attention(const Attention& args, ParallelFor parallel_for) { kernels().attention(args, parallel_for); }
+void attention(const Attention& args, ParallelFor parallel_for) {
+  const bool bf16 = args.dtype == DType::bfloat16;
+  (bf16 ? kernels().attention_bf16 : kernels().attention)(args, parallel_for);
+}
 void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) {
-  kernels().attention_backward(args, parallel_for);
+  const bool bf16 = args.dtype == DType::bfloat16;
+  (bf16 ? kernels().attention_backward_bf16 : kernels().attention_backward)(args, parallel_for);
 }
 void kd_loss(const KDLoss& args, ParallelFor parallel_for) { kernels().kd_loss(args, parallel_for); }
 

@@ -1,42 +1,109 @@
 // C (+)= A B for the small matrices of one attention head, register-blocked.
 //
 // A(i, k) = a[i * a_row + k * a_col], so a transposed A costs nothing; B and C have contiguous rows, whose number of
-// columns is a multiple of the vector width. One tile keeps kRows x kVectors accumulators in registers and streams B
-// past them: per step of k it loads kVectors vectors, broadcasts kRows scalars and does kRows * kVectors multiply-adds.
+// columns is a multiple of the vector width. One tile keeps rows x vectors accumulators in registers and streams B past
+// them: per step of k it loads its vectors of B, broadcasts its rows of A and does rows * vectors multiply-adds.
 #pragma once
 
 #include "simd.h"
 
 namespace vitkd::cpu::VITKD_ISA {
 
-#if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers: 24 accumulators, 4 of B, a broadcast
-constexpr int kRows = 6, kVectors = 4;
-#else  // 16 registers: 12 accumulators, 2 of B, a broadcast
-constexpr int kRows = 6, kVectors = 2;
-#endif
+// Two bfloat16, neighbours in the direction that a product sums over: the first in the low half.
+struct Pair {
+  uint32_t bits;
+};
 
-template <class T>
+template <class In>
+constexpr int64_t kSteps = 1;  // how many terms of a sum one element of In holds
+template <>
+constexpr int64_t kSteps<Pair> = 2;
+
+template <class In>
+struct SumType {
+  using type = In;
+};
+template <>
+struct SumType<Pair> {
+  using type = float;
+};
+template <class In>
+using SumOf = typename SumType<In>::type;
+
+template <class In>
+inline void multiply_add(Vec<SumOf<In>>& sum, In a, Vec<SumOf<In>> b) {
+  if constexpr (std::is_same_v<In, Pair>) {
+#if defined(__AVX512BF16__)
+    const __m512i pairs = _mm512_set1_epi32(static_cast<int>(a.bits));
+    sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)b);
+#endif
+  } else {
+    sum += a * b;
+  }
+}
+
+// What the next head will read, asked for while this one computes: its rows lie so far apart that no hardware
+// prefetcher follows them.
+class Ahead {
+ public:
+  // Rows `stride` bytes apart.
+  void add(const void* rows, int64_t stride, int64_t count, int64_t bytes) {
+    if (count_ < kMatrices) matrices_[count_++] = {static_cast<const char*>(rows), stride, count, bytes};
+  }
+
+  // A few rows more; called once per tile.
+  void some() {
+    for (int row = 0; row < kRowsPerTile && next_ < count_; ++row) {
+      Matrix& m = matrices_[next_];
+      for (int64_t at = 0; at < m.bytes; at += 64) __builtin_prefetch(m.rows + at, 0, 3);
+      m.rows += m.stride;
+      if (--m.count == 0) ++next_;
+    }
+  }
+
+ private:
+  struct Matrix {
+    const char* rows;
+    int64_t stride, count, bytes;
+  };
+  static constexpr int kMatrices = 4, kRowsPerTile = 4;
+  Matrix matrices_[kMatrices];
+  int count_ = 0, next_ = 0;
+};
+
+template <class In>
 struct Gemm {
+  using T = SumOf<In>;
   int64_t rows, columns, depth;
-  const T* a;
+  const In* a;
   int64_t a_row, a_col;
-  const T* b;
+  const In* b;
   int64_t b_row;
   T* c;
   int64_t c_row;
   bool accumulate;
+  Ahead* ahead;
 };
 
-template <class T, int R, int V>
-void gemm_tile(const Gemm<T>& g, int64_t row, int64_t column) {
+#if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers: 24 accumulators, up to 4 of B, a broadcast
+constexpr int kVectors = 4;
+constexpr int kRows[kVectors + 1] = {0, 12, 12, 8, 6};  // of a tile so many vectors wide
+#else  // 16 registers: 12 accumulators, up to 3 of B, a broadcast
+constexpr int kVectors = 3;
+constexpr int kRows[kVectors + 1] = {0, 12, 6, 4};
+#endif
+
+template <class In, int R, int V>
+void gemm_tile(const Gemm<In>& g, int64_t row, int64_t column) {
+  using T = SumOf<In>;
   Vec<T> sums[R][V] = {};
-  const T* a = g.a + row * g.a_row;
-  const T* b = g.b + column;
+  const In* a = g.a + row * g.a_row;
+  const In* b = g.b + column;
   for (int64_t k = 0; k < g.depth; ++k, a += g.a_col, b += g.b_row) {
     Vec<T> bs[V];
-    for (int v = 0; v < V; ++v) bs[v] = load(b + v * kLanes<T>);
+    for (int v = 0; v < V; ++v) bs[v] = load(reinterpret_cast<const T*>(b) + v * kLanes<T>);
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < V; ++v) sums[r][v] += a[r * g.a_row] * bs[v];
+      for (int v = 0; v < V; ++v) multiply_add<In>(sums[r][v], a[r * g.a_row], bs[v]);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -45,38 +112,41 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t column) {
   }
 }
 
-template <class T, int R, int V>
-void gemm_columns(const Gemm<T>& g, int64_t row, int64_t column, int vectors) {
-  if (vectors == V) return gemm_tile<T, R, V>(g, row, column);
-  if constexpr (V > 1) gemm_columns<T, R, V - 1>(g, row, column, vectors);
+template <class In, int R, int V>
+void gemm_rest(const Gemm<In>& g, int64_t row, int64_t column) {
+  if (g.rows - row == R) return gemm_tile<In, R, V>(g, row, column);
+  if constexpr (R > 1) gemm_rest<In, R - 1, V>(g, row, column);
 }
 
-template <class T, int R>
-void gemm_rows(const Gemm<T>& g, int64_t row, int64_t column, int rows, int vectors) {
-  if (rows == R) return gemm_columns<T, R, kVectors>(g, row, column, vectors);
-  if constexpr (R > 1) gemm_rows<T, R - 1>(g, row, column, rows, vectors);
-}
-
-template <class T>
-void gemm_panel(const Gemm<T>& g) {
-  // the panel of B under kVectors vectors stays in the first-level cache while all rows of A pass over it
-  for (int64_t column = 0; column < g.columns; column += kVectors * kLanes<T>) {
-    const int64_t left = (g.columns - column) / kLanes<T>;
-    const int vectors = left < kVectors ? static_cast<int>(left) : kVectors;
-    for (int64_t row = 0; row < g.rows; row += kRows) {
-      const int rows = g.rows - row < kRows ? static_cast<int>(g.rows - row) : kRows;
-      gemm_rows<T, kRows>(g, row, column, rows, vectors);
-    }
+// The panel of B under V vectors stays in the first-level cache while all rows of A pass over it.
+template <class In, int V>
+void gemm_panel(const Gemm<In>& g, int64_t column, int vectors) {
+  if (vectors < V) {
+    if constexpr (V > 1) gemm_panel<In, V - 1>(g, column, vectors);
+    return;
   }
+  constexpr int R = kRows[V];
+  int64_t row = 0;
+  for (; row + R <= g.rows; row += R) {
+    g.ahead->some();
+    gemm_tile<In, R, V>(g, row, column);
+  }
+  if (row < g.rows) gemm_rest<In, R - 1, V>(g, row, column);
 }
 
 // In panels of 64 terms: one running sum over 577 of them has 1.5 times the error of torch's product in float32, panels
-// have 0.9 times.
-template <class T>
-void gemm(Gemm<T> g) {
+// have 0.9 times. A panel of B takes 16 KB at most.
+template <class In>
+void gemm(Gemm<In> g) {
+  constexpr int64_t lanes = kLanes<SumOf<In>>;
   for (int64_t depth = g.depth; depth > 0; depth -= 64) {
     g.depth = depth < 64 ? depth : 64;
-    gemm_panel(g);
+    for (int64_t vectors = g.columns / lanes, column = 0; vectors > 0;) {
+      const int64_t panels = (vectors + kVectors - 1) / kVectors, width = (vectors + panels - 1) / panels;
+      gemm_panel<In, kVectors>(g, column, static_cast<int>(width));
+      column += width * lanes;
+      vectors -= width;
+    }
     g.a += 64 * g.a_col;
     g.b += 64 * g.b_row;
     g.accumulate = true;

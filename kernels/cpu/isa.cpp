@@ -20,11 +20,22 @@ CpuFacts detect_cpu() {
 
 const char* chosen_isa() {
   const CpuFacts cpu = detect_cpu();
+  const struct {
+    const char* name;
+    bool there;
+  } sets[] = {{"amx", false},
+              {"avx512_bf16", cpu.avx512_bf16},
+              {"avx512", cpu.avx512},
+              {"avx2", cpu.avx2},
+              {"portable", true}};
   const char* wish = std::getenv("VITKD_CPU_ISA");
-  if (wish == nullptr) wish = "";
-  if (std::strcmp(wish, "portable") == 0) return "portable";
-  if (cpu.avx512 && std::strcmp(wish, "avx2") != 0) return "avx512";
-  return cpu.avx2 ? "avx2" : "portable";
+  bool reached = true;  // an unknown wish is none
+  for (const auto& set : sets) reached = reached && (wish == nullptr || std::strcmp(wish, set.name) != 0);
+  for (const auto& set : sets) {
+    reached = reached || std::strcmp(wish, set.name) == 0;
+    if (reached && set.there) return set.name;
+  }
+  return "portable";
 }
 
 }  // namespace vitkd::cpu

@@ -4,9 +4,15 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
+#pragma GCC diagnostic push  // gcc 12 finds its own _mm512_undefined uninitialised
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace vitkd::cpu::VITKD_ISA {
@@ -58,6 +64,41 @@ inline Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
 
+template <class T, int64_t... I>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, typename Lanes<T>::Int{I...});
+#endif
+}
+
+template <class T, int64_t... I>
+inline Vec<T> interleave_low(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) {
+  return shuffle<T>(a, b, std::integer_sequence<int64_t, (I % 2 * kLanes<T> + I / 2)...>{});
+}
+
+template <class T, int64_t... I>
+inline Vec<T> interleave_high(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) {
+  return shuffle<T>(a, b, std::integer_sequence<int64_t, (I % 2 * kLanes<T> + (kLanes<T> + I) / 2)...>{});
+}
+
+// A square of lanes in place. Interleaving the first half of the rows with the second turns the bits of (row, column) by
+// one; as many turns as a row number has bits exchange the two.
+template <class T>
+inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr std::make_integer_sequence<int64_t, kLanes<T>> lanes{};
+  constexpr int64_t half = kLanes<T> / 2;
+  for (int64_t turns = kLanes<T>; turns > 1; turns /= 2) {
+    Vec<T> turned[kLanes<T>];
+    for (int64_t i = 0; i < half; ++i) {
+      turned[2 * i] = interleave_low<T>(rows[i], rows[i + half], lanes);
+      turned[2 * i + 1] = interleave_high<T>(rows[i], rows[i + half], lanes);
+    }
+    for (int64_t i = 0; i < kLanes<T>; ++i) rows[i] = turned[i];
+  }
+}
+
 template <class T>
 inline T sum(Vec<T> v) {
   T total = 0;
@@ -67,6 +108,9 @@ inline T sum(Vec<T> v) {
 
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)  // gcc makes a comparison and a blend of the line below
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -77,24 +121,44 @@ inline T max(Vec<T> v) {
   return most;
 }
 
-// 2^x for x <= 0, to the last bit or two: 2^x = 2^n 2^f with |f| <= 1/2. NaN stays NaN, below 2^-126 is 0.
-inline Vec<float> exp2(Vec<float> x) {
-  using Int = Lanes<float>::Int;
-  const Vec<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
-  const Vec<float> f = x - (shifted - 12582912.0f);
-  // minimax polynomial of degree 6, relative error 2e-9
+// 2^f for |f| <= 1/2: minimax polynomials, relative error 2e-9, or 3e-6 where the result is rounded to bfloat16 anyway.
+template <bool coarse>
+inline Vec<float> exp2_fraction(Vec<float> f) {
+  if constexpr (coarse) {
+    Vec<float> p = broadcast(9.57010191e-3f);
+    p = p * f + 5.59178603e-2f;
+    p = p * f + 2.40247448e-1f;
+    p = p * f + 6.93121815e-1f;
+    return p * f + 9.99999261e-1f;
+  }
   Vec<float> p = broadcast(1.53458104e-4f);
   p = p * f + 1.33999312e-3f;
   p = p * f + 9.61848896e-3f;
   p = p * f + 5.55032878e-2f;
   p = p * f + 2.40226469e-1f;
   p = p * f + 6.93147206e-1f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+// 2^x for x <= 0, to the last bit or two unless coarse. NaN stays NaN, below 2^-126 is 0.
+template <bool coarse = false>
+inline Vec<float> exp2(Vec<float> x) {
+#if defined(__AVX512F__)
+  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> p = exp2_fraction<coarse>(x - (Vec<float>)n);
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(counts, (__m512)p, n);
+#else
+  using Int = Lanes<float>::Int;
+  const Vec<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
+  const Vec<float> p = exp2_fraction<coarse>(x - (shifted - 12582912.0f));
   const Int bits = (Int)p + ((Int)shifted << 23);
   Vec<float> result = x < -126.0f ? Vec<float>{} : (Vec<float>)bits;
   return x != x ? x : result;
+#endif
 }
 
+template <bool coarse = false>
 inline Vec<double> exp2(Vec<double> x) {
   using Int = Lanes<double>::Int;
   const Vec<double> shifted = x + 6755399441055744.0;  // 1.5 * 2^52
@@ -178,16 +242,82 @@ inline f16 narrow<f16>(float x) {
 #endif
 }
 
-// out[i] = in[i] * scale, widened; the rest up to `padded` is filled.
+// A vector's worth of stored elements, widened.
 template <class S>
-inline void unpack(const S* in, int64_t n, Compute<S> scale, Compute<S>* out, int64_t padded, Compute<S> fill) {
-  for (int64_t i = 0; i < n; ++i) out[i] = widen(in[i]) * scale;
-  for (int64_t i = n; i < padded; ++i) out[i] = fill;
+inline Vec<Compute<S>> load_wide(const S* p) {
+  if constexpr (sizeof(S) >= 4) {
+    return load(p);
+  } else {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (std::is_same_v<S, bf16>) return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    else return (Vec<float>)_mm512_cvtph_ps(bits);
+#elif defined(__AVX2__)
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (std::is_same_v<S, bf16>) return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+    else return (Vec<float>)_mm256_cvtph_ps(bits);
+#else
+    Vec<float> v;
+    for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+  }
+}
+
+// ... of which only the first `count` may be touched; the rest is 0.
+template <class S>
+inline Vec<Compute<S>> load_wide(const S* p, int64_t count) {
+  if (count >= kLanes<Compute<S>>) return load_wide(p);
+  S some[kLanes<Compute<S>>] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+  return load_wide(some);
 }
 
 template <class S>
-inline void pack(const Compute<S>* in, int64_t n, Compute<S> scale, S* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = narrow<S>(in[i] * scale);
+inline void store_narrow(S* p, Vec<Compute<S>> v) {
+  if constexpr (sizeof(S) >= 4) {
+    store(p, v);
+  } else {
+#if defined(__AVX512F__)
+    __m256i bits;
+    if constexpr (std::is_same_v<S, f16>) {
+      bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+#if defined(__AVX512BF16__)
+      bits = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+#else
+      const __m512i wide = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+      const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(wide, _mm512_set1_epi32(0x7fff)), odd);
+      const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+      const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, wide, _mm512_set1_epi32(0x400000));
+      bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
+#endif
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+#else
+    for (int64_t i = 0; i < kLanes<float>; ++i) p[i] = narrow<S>(v[i]);
+#endif
+  }
+}
+
+template <class S>
+inline void store_narrow(S* p, Vec<Compute<S>> v, int64_t count) {
+  if (count >= kLanes<Compute<S>>) return store_narrow(p, v);
+  S some[kLanes<Compute<S>>];
+  store_narrow(some, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+}
+
+// out[i] = in[i] * scale, widened; the rest up to `padded`, whole vectors, is filled.
+template <class S, class T = Compute<S>>
+inline void unpack(const S* in, int64_t n, T scale, T* out, int64_t padded, T fill) {
+  for (int64_t i = 0; i < padded; i += kLanes<T>) store(out + i, load_wide(in + i, n - i) * scale);
+  for (int64_t i = n; i < padded; ++i) out[i] = fill;
+}
+
+template <class S, class T = Compute<S>>
+inline void pack(const T* in, int64_t n, T scale, S* out) {  // reads whole vectors
+  for (int64_t i = 0; i < n; i += kLanes<T>) store_narrow(out + i, load(in + i) * scale, n - i);
 }
 
 }  // namespace vitkd::cpu::VITKD_ISA

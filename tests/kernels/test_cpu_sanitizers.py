@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from native import INSTRUCTION_SETS, ONCE
+from native import BFLOAT16, INSTRUCTION_SETS, cpu_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,11 +21,7 @@ def program(tmp_path_factory) -> Path:
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("sanitize")
     jobs = [(ROOT / "tests/kernels/cpu/sanitize.cpp", "")]
-    for source in sorted((ROOT / "kernels/cpu").glob("*.cpp")):
-        if source.name in ONCE:
-            jobs.append((source, ""))
-        else:
-            jobs += [(source, f"-DVITKD_ISA={name} {flags}") for name, flags in INSTRUCTION_SETS.items()]
+    jobs += cpu_kernels(ROOT)
     objects = [str(folder / f"{number}.o") for number in range(len(jobs))]
     commands = [
         [cxx, *FLAGS, *flags.split(), "-c", str(source), "-o", made]
@@ -37,7 +33,7 @@ def program(tmp_path_factory) -> Path:
     return folder / "sanitize"
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS | BFLOAT16)
 def test_kernels_touch_only_their_memory(program, isa):
     ran = subprocess.run([program], env=os.environ | {"VITKD_CPU_ISA": isa}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]

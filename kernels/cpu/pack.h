@@ -1,0 +1,109 @@
+// How the rows of one head (tokens x channels, strided, as stored) become operands of its products.
+//
+// A product sums over channels or over tokens. Elements that meet in a sum lie `kSteps` to an element of In: one by one
+// for floats, in pairs for bfloat16; where the last of them has no neighbour, its neighbour is zero.
+#pragma once
+
+#include "gemm.h"
+
+namespace vitkd::cpu::VITKD_ISA {
+
+template <class In>
+constexpr int64_t steps(int64_t n) {
+  return (n + kSteps<In> - 1) / kSteps<In>;
+}
+
+#if defined(__AVX512BF16__)
+inline __mmask32 first(int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : count <= 0 ? 0 : (__mmask32{1} << count) - 1;
+}
+
+// Sixteen pairs of neighbours in one row, of which the first `count` elements may be touched.
+template <class S>
+inline Vec<float> load_pairs(const S* p, int64_t count) {
+  const __mmask32 some = first(count);
+  if constexpr (std::is_same_v<S, bf16>) {
+    return (Vec<float>)_mm512_maskz_loadu_epi16(some, p);
+  } else {
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(some), p);
+    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(some >> 16), p + 16);
+    return (Vec<float>)_mm512_cvtne2ps_pbh(high, low);
+  }
+}
+
+// Lane by lane, the two as one pair.
+inline Vec<float> join(Vec<float> low, Vec<float> high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec<float>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#endif
+
+template <class In>
+inline void store_operand(In* p, Vec<SumOf<In>> v) {
+  store(reinterpret_cast<SumOf<In>*>(p), v);
+}
+
+template <class S, class In>
+inline Vec<SumOf<In>> load_operand(const S* p, int64_t count) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<In, Pair>) return load_pairs(p, count);
+  else
+#endif
+    return load_wide(p, count);
+}
+
+// Row by row, `width` elements of In each: for sums over channels.
+template <class S, class In>
+void pack_rows(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* out, int64_t width) {
+  constexpr int64_t lanes = kLanes<SumOf<In>>;
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t d = 0; d < width; d += lanes) {
+      store_operand(out + n * width + d, load_operand<S, In>(in + n * stride + d * kSteps<In>, head_dim - d * kSteps<In>));
+    }
+  }
+}
+
+// The rows as columns, out[d * columns + n]: for sums over channels, the other side. Columns past the last row repeat
+// it, so that they go bad only where it does. Pairs take no scale but its sign.
+template <class S, class In>
+void pack_across(const S* in, int64_t stride, int64_t rows, int64_t head_dim, SumOf<In> scale, In* out,
+                 int64_t columns) {
+  using T = SumOf<In>;
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t depth = steps<In>(head_dim);
+  for (int64_t n = 0; n < columns; n += lanes) {
+    for (int64_t d = 0; d < depth; d += lanes) {
+      Vec<T> block[lanes];
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t row = n + i < rows ? n + i : rows - 1;
+        block[i] = load_operand<S, In>(in + row * stride + d * kSteps<In>, head_dim - d * kSteps<In>);
+      }
+      transpose<T>(block);
+      for (int64_t i = 0; i < lanes && d + i < depth; ++i) {
+        if constexpr (!std::is_same_v<In, Pair>) block[i] *= scale;
+        else if (scale < 0) block[i] = (Vec<T>)((typename Lanes<T>::Int)block[i] ^ int32_t(0x80008000));
+        store_operand(out + (d + i) * columns + n, block[i]);
+      }
+    }
+  }
+}
+
+// As they are, or two rows to one row of pairs: for sums over tokens.
+template <class S, class In>
+void pack_down(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* out, int64_t width) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<In, Pair>) {
+    for (int64_t n = 0; n < rows; n += 2, in += 2 * stride, out += width) {
+      for (int64_t d = 0; d < width; d += kLanes<float>) {
+        const Vec<float> next = n + 1 < rows ? load_wide(in + stride + d, head_dim - d) : Vec<float>{};
+        store_operand(out + d, join(load_wide(in + d, head_dim - d), next));
+      }
+    }
+    return;
+  }
+#endif
+  pack_rows(in, stride, rows, head_dim, out, width);
+}
+
+}  // namespace vitkd::cpu::VITKD_ISA
