@@ -6,7 +6,8 @@ namespace vitkd {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss(const Tensor& student_any, const Tensor& teacher_any, int64_t kind,
-                                           double temperature, bool student_grad, bool teacher_grad) {
+                                           double temperature, bool student_grad, bool teacher_grad,
+                                           double weight) {
   using torch::headeronly::ScalarType;
   const Tensor student = with_contiguous_rows(student_any), teacher = with_contiguous_rows(teacher_any);
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
@@ -22,6 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(const Tensor& student_any, const Tens
   args.rows = student.size(0);
   args.classes = student.size(1);
   args.temperature = temperature;
+  args.weight = weight;
   args.student = student.const_data_ptr();
   args.student_stride = student.stride(0);
   args.teacher = teacher.const_data_ptr();

@@ -39,12 +39,13 @@ struct KDLoss {
   KDKind kind;
   int64_t rows, classes;
   double temperature;
+  double weight;           // of the gradients, not of the loss
   const void* student;     // (rows, classes), classes contiguous
   int64_t student_stride;  // of rows
   const void* teacher;
   int64_t teacher_stride;
   void* loss;          // (rows,), float; double when dtype is float64
-  void* student_grad;  // d loss[row] / d student, (rows, classes) contiguous in dtype, or null when not wanted
+  void* student_grad;  // weight * d loss[row] / d student, (rows, classes) contiguous in dtype, or null when not wanted
   void* teacher_grad;
 };
 

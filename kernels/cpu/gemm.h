@@ -66,7 +66,7 @@ class Ahead {
     const char* rows;
     int64_t stride, count, bytes;
   };
-  static constexpr int kMatrices = 4, kRowsPerTile = 4;
+  static constexpr int kMatrices = 4, kRowsPerTile = 8;
   Matrix matrices_[kMatrices];
   int count_ = 0, next_ = 0;
 };

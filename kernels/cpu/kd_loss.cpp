@@ -1,5 +1,5 @@
-// Distillation losses on the CPU: per row, one sweep for the exponentials, one for the loss, one for each gradient
-// that is wanted, all on a copy of the row that stays in the first-level cache.
+// Distillation losses on the CPU. A row of logits is read for its maximum, then, from the first-level cache, for its
+// exponentials, the loss and the gradients: three sweeps, and one more for js.
 #include "../kernels.h"
 #include "simd.h"
 #include "workspace.h"
@@ -10,44 +10,33 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Sums go round 64 bytes' worth of vectors, so that every instruction set adds up a thousand classes in as many partial
-// sums: in four lanes alone their error is twice that of sixteen.
+double log_of(double x) { return __builtin_log(x); }
+
+// Sums go round four vectors, so that a thousand classes make as many partial sums as hide the latency of an addition
+// and lose little to rounding.
 template <class T>
 struct Sum {
-  static constexpr int64_t kParts = 4;
-  Vec<T> parts[kParts] = {};
-  Vec<T>& at(int64_t c) { return parts[c / kLanes<T> % kParts]; }
+  Vec<T> parts[4] = {};
   T total() const { return sum<T>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 };
 
-float log_of(float x) { return __builtin_logf(x); }
-double log_of(double x) { return __builtin_log(x); }
-
-// A row's logits become the logarithms of its probabilities; the probabilities go to `p`. The maximum is taken off
-// before anything is scaled: a scaled logit of 1e4 would already be 5e-4 off.
-template <class T>
-void log_softmax(T* logits, T* p, int64_t width, T temperature) {
-  Vec<T> most = load(logits);
-  for (int64_t c = kLanes<T>; c < width; c += kLanes<T>) most = maximum<T>(load(logits + c), most);
-  const Vec<T> peak = broadcast(max<T>(most));
-  Sum<T> total;
-  for (int64_t c = 0; c < width; c += kLanes<T>) {
-    const Vec<T> shifted = (load(logits + c) - peak) / temperature, e = exp2(shifted * T(kLog2E));
-    store(logits + c, shifted);
-    store(p + c, e);
-    total.at(c) += e;
+// body(first class, part of a Sum, how many classes) for every vector of a row; all are whole but the last.
+template <class T, class Body>
+inline void sweep(int64_t classes, Body body) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t c = 0;
+  for (; c + 4 * lanes <= classes; c += 4 * lanes) {
+    for (int part = 0; part < 4; ++part) body(c + part * lanes, part, std::integral_constant<int64_t, lanes>{});
   }
-  const T z = total.total();
-  const T log_z = log_of(z), inverse = T(1) / z;
-  for (int64_t c = 0; c < width; c += kLanes<T>) {
-    store(logits + c, load(logits + c) - log_z);
-    store(p + c, load(p + c) * inverse);
+  for (int part = 0; c < classes; c += lanes, ++part) {
+    if (c + lanes <= classes) body(c, part, std::integral_constant<int64_t, lanes>{});
+    else body(c, part, classes - c);
   }
 }
 
 // log((1 + x) / 2) for 0 <= x <= 1: 2 atanh(y) with y = (x - 1) / (x + 3) >= -1/3, by its series; exactly 0 at 1.
 template <class T>
-Vec<T> log_half_1p(Vec<T> x) {
+inline Vec<T> log_half_1p(Vec<T> x) {
   const Vec<T> y = (x - T(1)) / (x + T(3)), y2 = y * y;
   constexpr int terms = sizeof(T) == 4 ? 8 : 17;
   Vec<T> p = broadcast(T(1) / T(2 * terms - 1));
@@ -57,114 +46,177 @@ Vec<T> log_half_1p(Vec<T> x) {
 
 // log of p over the mean of p and q, from log q - log p alone
 template <class T>
-Vec<T> log_over_mean(Vec<T> other) {
+inline Vec<T> log_over_mean(Vec<T> other) {
   const Vec<T> zero = {}, size = other > zero ? other : -other;
   return (other > zero ? -other : zero) - log_half_1p<T>(exp2(-size * T(kLog2E)));
 }
 
-// One side of a divergence: the gradient of sum(p r) through p's own softmax is p (r - sum(p r)).
-template <class T>
-void weigh(const T* p, const T* ratio, T total, T factor, int64_t width, T* out) {
-  for (int64_t c = 0; c < width; c += kLanes<T>) {
-    store(out + c, load(p + c) * (load(ratio + c) - total) * factor);
-  }
-}
-
-template <class T>
-T dot(const T* a, const T* b, int64_t width) {
-  Sum<T> total;
-  for (int64_t c = 0; c < width; c += kLanes<T>) total.at(c) += load(a + c) * load(b + c);
-  return total.total();
-}
-
-template <class T>
+// One row. s and t are its logits; q and p are scratch for the exponentials, whole vectors.
+template <class S>
 struct Row {
-  int64_t classes, width;  // width: classes, padded to whole vectors
-  T temperature;
-  T *s, *t;          // logits, then log2 probabilities
-  T *q, *p;          // probabilities of student and teacher
-  T *grad_s, *grad_t;  // null when not wanted
+  using T = Compute<S>;
+  int64_t classes;
+  T temperature, weight;
+  const S *s, *t;
+  T *q, *p;
+  S *grad_s, *grad_t;  // null when not wanted
+
+  template <class Count>
+  void store_grads(int64_t c, Count count, Vec<T> student, Vec<T> teacher) const {
+    if (grad_s) store_narrow(grad_s + c, student, count);
+    if (grad_t) store_narrow(grad_t + c, teacher, count);
+  }
 };
 
-// KL(first || second) = sum(p_first (log p_first - log p_second)), its gradients to both sides.
+// What a row's softmaxes are made of: log p - log q is (t - s - shift) / T + log_ratio, p is row.p / sum_p.
 template <class T>
-T kl(const Row<T>& row, const T* p_first, T* log_first, T* grad_first, const T* p_second, const T* log_second,
-     T* grad_second) {
-  const T temperature = row.temperature;
-  for (int64_t c = 0; c < row.width; c += kLanes<T>) store(log_first + c, load(log_first + c) - load(log_second + c));
-  for (int64_t c = row.classes; c < row.width; ++c) log_first[c] = 0;
-  const T total = dot(p_first, log_first, row.width);
-  if (grad_first) weigh(p_first, log_first, total, temperature, row.width, grad_first);
-  if (grad_second) {
-    for (int64_t c = 0; c < row.width; c += kLanes<T>) {
-      store(grad_second + c, (load(p_second + c) - load(p_first + c)) * temperature);
+struct Softmaxes {
+  T peak_s, peak_t;
+  T sum_s, sum_t;   // of the exponentials
+  T weighed;        // the sum of (first's exponential) * (first's logit - second's), less the maxima
+  T log_ratio;      // log(sum_s / sum_t)
+};
+
+// Distances from the maximum, whose difference is exact enough for networks that nearly agree; the maximum comes off
+// before anything is scaled, for a scaled logit of 1e4 would already be 5e-4 off.
+template <class S, class T, class Count>
+inline Vec<T> below(const S* logits, int64_t c, Count count, T peak) {
+  if constexpr (std::is_same_v<Count, int64_t>) return first_lanes<T>(load_wide(logits + c, count) - peak, count, T(0));
+  else return load_wide(logits + c) - peak;
+}
+
+template <class S, class T = Compute<S>>
+T largest(const S* logits, int64_t classes) {
+  Vec<T> most[4];
+  for (Vec<T>& each : most) each = broadcast(T(-__builtin_inf()));
+  sweep<T>(classes, [&](int64_t c, int part, auto count) {
+    if constexpr (std::is_same_v<decltype(count), int64_t>) {
+      most[part] = maximum<T>(first_lanes<T>(load_wide(logits + c, count), count, T(-__builtin_inf())), most[part]);
+    } else {
+      most[part] = maximum<T>(load_wide(logits + c), most[part]);
     }
-  }
-  return total * temperature * temperature;
+  });
+  return max<T>(maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3])));
 }
 
-template <class T>
-T js(const Row<T>& row) {
-  for (int64_t c = 0; c < row.width; c += kLanes<T>) {
-    const Vec<T> d = load(row.t + c) - load(row.s + c);
-    store(row.s + c, log_over_mean<T>(d));
-    store(row.t + c, log_over_mean<T>(-d));
-  }
-  for (int64_t c = row.classes; c < row.width; ++c) row.s[c] = row.t[c] = 0;
-  const T total_s = dot(row.q, row.s, row.width), total_t = dot(row.p, row.t, row.width);
-  const T factor = row.temperature / T(2);
-  if (row.grad_s) weigh(row.q, row.s, total_s, factor, row.width, row.grad_s);
-  if (row.grad_t) weigh(row.p, row.t, total_t, factor, row.width, row.grad_t);
-  return (total_s + total_t) * factor * row.temperature;
+// `reverse` weighs by the student's probabilities instead of the teacher's.
+template <class S>
+Softmaxes<Compute<S>> softmaxes(const Row<S>& row, bool reverse) {
+  using T = Compute<S>;
+  const T scale = T(kLog2E / double(row.temperature));
+  Softmaxes<T> result;
+  result.peak_s = largest(row.s, row.classes);
+  result.peak_t = largest(row.t, row.classes);
+  Sum<T> sum_s, sum_t, weighed;
+  sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
+    const Vec<T> s = below(row.s, c, count, result.peak_s), t = below(row.t, c, count, result.peak_t);
+    Vec<T> q = exp2(s * scale), p = exp2(t * scale);
+    if constexpr (std::is_same_v<decltype(count), int64_t>) q = first_lanes<T>(q, count, T(0)), p = first_lanes<T>(p, count, T(0));
+    store(row.q + c, q);
+    store(row.p + c, p);
+    sum_s.parts[part] += q;
+    sum_t.parts[part] += p;
+    weighed.parts[part] += reverse ? q * (s - t) : p * (t - s);
+  });
+  result.sum_s = sum_s.total();
+  result.sum_t = sum_t.total();
+  result.weighed = weighed.total();
+  result.log_ratio = T(log_of(double(result.sum_s) / double(result.sum_t)));
+  return result;
 }
 
-// l1 and mse: the padding is equal on both sides, so it adds nothing.
-template <class T>
-T difference(const Row<T>& row, bool squared) {
-  const T per_class = T(1) / T(row.classes);
+// KL(first || second) T^2: the sum of p (log p - log q) and its gradients, p (log p - log q - the sum) and q - p.
+template <class S>
+Compute<S> kl(const Row<S>& row, bool reverse) {
+  using T = Compute<S>;
+  const Softmaxes<T> soft = softmaxes(row, reverse);
+  const T inverse = T(1) / row.temperature, log_ratio = reverse ? -soft.log_ratio : soft.log_ratio;
+  const T divergence = soft.weighed / (reverse ? soft.sum_s : soft.sum_t) * inverse + log_ratio;
+  if (row.grad_s || row.grad_t) {
+    const T factor = row.temperature * row.weight, of_s = factor / soft.sum_s, of_t = factor / soft.sum_t;
+    const T rest = log_ratio - divergence;
+    sweep<T>(row.classes, [&](int64_t c, int, auto count) {
+      const Vec<T> q = load(row.q + c) * of_s, p = load(row.p + c) * of_t;
+      const Vec<T> s = below(row.s, c, count, soft.peak_s), t = below(row.t, c, count, soft.peak_t);
+      if (reverse) row.store_grads(c, count, q * ((s - t) * inverse + rest), p - q);
+      else row.store_grads(c, count, q - p, p * ((t - s) * inverse + rest));
+    });
+  }
+  return divergence * row.temperature * row.temperature;
+}
+
+template <class S>
+Compute<S> js(const Row<S>& row) {
+  using T = Compute<S>;
+  const Softmaxes<T> soft = softmaxes(row, false);
+  const T inverse = T(1) / row.temperature, of_s = T(1) / soft.sum_s, of_t = T(1) / soft.sum_t;
+  auto log_q_over_p = [&](int64_t c, auto count) {
+    const Vec<T> s = below(row.s, c, count, soft.peak_s), t = below(row.t, c, count, soft.peak_t);
+    return (s - t) * inverse - soft.log_ratio;
+  };
+  Sum<T> sum_s, sum_t;
+  sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
+    const Vec<T> other = log_q_over_p(c, count);
+    sum_s.parts[part] += load(row.q + c) * log_over_mean<T>(-other);
+    sum_t.parts[part] += load(row.p + c) * log_over_mean<T>(other);
+  });
+  const T total_s = sum_s.total() * of_s, total_t = sum_t.total() * of_t;
+  if (row.grad_s || row.grad_t) {
+    const T factor = row.temperature * row.weight / T(2);
+    sweep<T>(row.classes, [&](int64_t c, int, auto count) {
+      const Vec<T> other = log_q_over_p(c, count);
+      row.store_grads(c, count, load(row.q + c) * (of_s * factor) * (log_over_mean<T>(-other) - total_s),
+                      load(row.p + c) * (of_t * factor) * (log_over_mean<T>(other) - total_t));
+    });
+  }
+  return (total_s + total_t) * row.temperature * row.temperature / T(2);
+}
+
+template <class S>
+Compute<S> difference(const Row<S>& row, bool squared) {
+  using T = Compute<S>;
+  const T per_class = T(1) / T(row.classes), factor = per_class * row.weight;
+  const Vec<T> one = broadcast(T(1));
   Sum<T> total;
-  for (int64_t c = 0; c < row.width; c += kLanes<T>) {
-    const Vec<T> d = load(row.s + c) - load(row.t + c);
-    const Vec<T> one = broadcast(T(1));
+  sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
+    Vec<T> d;
+    if constexpr (std::is_same_v<decltype(count), int64_t>) d = load_wide(row.s + c, count) - load_wide(row.t + c, count);
+    else d = load_wide(row.s + c) - load_wide(row.t + c);
     const Vec<T> sign = d > T(0) ? one : (d < T(0) ? -one : Vec<T>{});
-    total.at(c) += squared ? d * d : d * sign;
-    const Vec<T> grad = (squared ? d * T(2) : sign) * per_class;
-    if (row.grad_s) store(row.grad_s + c, grad);
-    if (row.grad_t) store(row.grad_t + c, -grad);
-  }
+    total.parts[part] += squared ? d * d : d * sign;
+    const Vec<T> grad = (squared ? d * T(2) : sign) * factor;
+    row.store_grads(c, count, grad, -grad);
+  });
   return total.total() * per_class;
 }
 
-template <class T>
-T row_loss(const Row<T>& row, KDKind kind) {
-  if (kind == KDKind::l1 || kind == KDKind::mse) return difference(row, kind == KDKind::mse);
-  log_softmax(row.s, row.q, row.width, row.temperature);
-  log_softmax(row.t, row.p, row.width, row.temperature);
-  if (kind == KDKind::kl) return kl(row, row.p, row.t, row.grad_t, row.q, row.s, row.grad_s);
-  if (kind == KDKind::reverse_kl) return kl(row, row.q, row.s, row.grad_s, row.p, row.t, row.grad_t);
-  return js(row);
+template <class S>
+Compute<S> row_loss(const Row<S>& row, KDKind kind) {
+  switch (kind) {
+    case KDKind::kl: return kl(row, false);
+    case KDKind::reverse_kl: return kl(row, true);
+    case KDKind::js: return js(row);
+    case KDKind::l1: return difference(row, false);
+    default: return difference(row, true);
+  }
 }
 
 template <class S>
 void rows(const KDLoss& args, int64_t begin, int64_t end) {
   using T = Compute<S>;
-  const bool softened = args.kind != KDKind::l1 && args.kind != KDKind::mse;
-  const T fill = softened ? -__builtin_inf() : T(0);
   Workspace memory;
-  Row<T> row{args.classes, pad<T>(args.classes), T(args.temperature), {}, {}, {}, {}, {}, {}};
-  row.s = memory.take<T>(row.width);
-  row.t = memory.take<T>(row.width);
-  row.q = memory.take<T>(row.width);
-  row.p = memory.take<T>(row.width);
-  if (args.student_grad) row.grad_s = memory.take<T>(row.width);
-  if (args.teacher_grad) row.grad_t = memory.take<T>(row.width);
+  Row<S> row{};
+  row.classes = args.classes;
+  row.temperature = T(args.temperature);
+  row.weight = T(args.weight);
+  row.q = memory.take<T>(pad<T>(args.classes));
+  row.p = memory.take<T>(pad<T>(args.classes));
   for (int64_t i = begin; i < end; ++i) {
-    unpack(static_cast<const S*>(args.student) + i * args.student_stride, args.classes, T(1), row.s, row.width, fill);
-    unpack(static_cast<const S*>(args.teacher) + i * args.teacher_stride, args.classes, T(1), row.t, row.width, fill);
+    row.s = static_cast<const S*>(args.student) + i * args.student_stride;
+    row.t = static_cast<const S*>(args.teacher) + i * args.teacher_stride;
+    if (args.student_grad) row.grad_s = static_cast<S*>(args.student_grad) + i * args.classes;
+    if (args.teacher_grad) row.grad_t = static_cast<S*>(args.teacher_grad) + i * args.classes;
     static_cast<T*>(args.loss)[i] = row_loss(row, args.kind);
-    const int64_t out = i * args.classes;
-    if (row.grad_s) pack(row.grad_s, args.classes, T(1), static_cast<S*>(args.student_grad) + out);
-    if (row.grad_t) pack(row.grad_t, args.classes, T(1), static_cast<S*>(args.teacher_grad) + out);
   }
 }
 

@@ -99,11 +99,16 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Over the lanes, by halves.
 template <class T>
 inline T sum(Vec<T> v) {
-  T total = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
 }
 
 template <class T>
@@ -116,6 +121,9 @@ inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
 
 template <class T>
 inline T max(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)v);
+#endif
   T most = v[0];
   for (int64_t i = 1; i < kLanes<T>; ++i) most = v[i] > most ? v[i] : most;
   return most;
@@ -242,6 +250,18 @@ inline f16 narrow<f16>(float x) {
 #endif
 }
 
+template <class T, int64_t... I>
+inline Vec<T> first_lanes(Vec<T> v, int64_t count, T rest, std::integer_sequence<int64_t, I...>) {
+  using Int = typename Lanes<T>::Int;
+  return Int{I...} < (Int{} + static_cast<decltype(Int{}[0] + 0)>(count)) ? v : broadcast(rest);
+}
+
+// The first `count` lanes; the others become `rest`.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> v, int64_t count, T rest) {
+  return first_lanes<T>(v, count, rest, std::make_integer_sequence<int64_t, kLanes<T>>{});
+}
+
 // A vector's worth of stored elements, widened.
 template <class S>
 inline Vec<Compute<S>> load_wide(const S* p) {
@@ -268,6 +288,14 @@ inline Vec<Compute<S>> load_wide(const S* p) {
 template <class S>
 inline Vec<Compute<S>> load_wide(const S* p, int64_t count) {
   if (count >= kLanes<Compute<S>>) return load_wide(p);
+#if defined(__AVX512F__)
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (std::is_same_v<S, float>) return (Vec<float>)_mm512_maskz_loadu_ps(lanes, p);
+  if constexpr (std::is_same_v<S, bf16>) {
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16);
+  }
+  if constexpr (std::is_same_v<S, f16>) return (Vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
+#endif
   S some[kLanes<Compute<S>>] = {};
   for (int64_t i = 0; i < count; ++i) some[i] = p[i];
   return load_wide(some);
@@ -305,6 +333,13 @@ inline void store_narrow(S* p, Vec<Compute<S>> v, int64_t count) {
   if (count >= kLanes<Compute<S>>) return store_narrow(p, v);
   S some[kLanes<Compute<S>>];
   store_narrow(some, v);
+#if defined(__AVX512F__)
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(p, lanes, (__m512)v);
+  if constexpr (sizeof(S) == 2) {
+    return _mm256_mask_storeu_epi16(p, lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(some)));
+  }
+#endif
   for (int64_t i = 0; i < count; ++i) p[i] = some[i];
 }
 

@@ -162,29 +162,30 @@ __global__ void __launch_bounds__(kTeam == kWarp ? 128 : kTeam) kd_loss_kernel(c
     }
     loss += part, mean_p += part_p, mean_q += part_q;
   });
-  const float weight = p.kind == KDKind::js ? 0.5f : 1.0f, per_class = 1 / static_cast<float>(p.classes);
+  const float share = p.kind == KDKind::js ? 0.5f : 1.0f, per_class = 1 / static_cast<float>(p.classes);
   if (soft) {
     mean_p = reduce<kTeam>(mean_p, Sum{});
     mean_q = reduce<kTeam>(mean_q, Sum{});
-    loss = weight * (mean_p + mean_q) * temperature * temperature;
+    loss = share * (mean_p + mean_q) * temperature * temperature;
   } else {
     loss = reduce<kTeam>(loss, Sum{}) * per_class;
   }
   if (member == 0) static_cast<float*>(p.loss)[row] = loss;
   if (!p.student_grad && !p.teacher_grad) return;
 
+  const float weight = static_cast<float>(p.weight), factor = temperature * weight;
   sweep(false, [&](const auto& slice) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (soft) {
         const float p_log = log_p(t[i]), q_log = log_q(s[i]), pi = expf(p_log), qi = expf(q_log);
         const Ratios ratio = ratios(p.kind, p_log, q_log);
-        s[i] = temperature * (p.kind == KDKind::kl ? qi - pi : weight * qi * (ratio.q - mean_q));
-        t[i] = temperature * (p.kind == KDKind::reverse_kl ? pi - qi : weight * pi * (ratio.p - mean_p));
+        s[i] = factor * (p.kind == KDKind::kl ? qi - pi : share * qi * (ratio.q - mean_q));
+        t[i] = factor * (p.kind == KDKind::reverse_kl ? pi - qi : share * pi * (ratio.p - mean_p));
       } else {
         const float difference = s[i] - t[i];
         const float sign = static_cast<float>((difference > 0) - (difference < 0));
-        s[i] = (p.kind == KDKind::l1 ? sign : 2 * difference) * per_class;
+        s[i] = (p.kind == KDKind::l1 ? sign : 2 * difference) * per_class * weight;
         t[i] = -s[i];
       }
     }

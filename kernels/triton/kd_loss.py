@@ -48,17 +48,16 @@ def _log_ratios(log_q, log_p, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gradients(q, p, student_ratio, teacher_ratio, student_sum, teacher_sum, temperature, KIND: tl.constexpr):
+def _gradients(q, p, student_ratio, teacher_ratio, student_sum, teacher_sum, factor, KIND: tl.constexpr):
     """d loss / d student logits and d loss / d teacher logits; the sums are those of q * ratio and p * ratio."""
     student = q * (student_ratio - student_sum)
     teacher = p * (teacher_ratio - teacher_sum)
-    factor = temperature
     if KIND == _KL:
         student = q - p
     elif KIND == _REVERSE_KL:
         teacher = p - q
     else:
-        factor = temperature * 0.5
+        factor = factor * 0.5
     return student * factor, teacher * factor
 
 
@@ -79,7 +78,7 @@ def _store(gradient, row, classes, columns, tile, WANTED: tl.constexpr):
 @triton.jit(do_not_specialize=_UNITS)
 def _difference_kernel(
     student, teacher, rows, student_grad, teacher_grad, class_units, student_units, teacher_units, temperature,
-    KIND: tl.constexpr, STUDENT_GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    weight, KIND: tl.constexpr, STUDENT_GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """l1 and mse: nothing of a row is needed before its gradients, so any length takes one sweep."""
@@ -99,7 +98,7 @@ def _difference_kernel(
         else:
             sums += difference * difference
             slope = 2.0 * difference
-        gradient = tl.div_rn(slope, classes.to(tl.float32))
+        gradient = tl.div_rn(slope, classes.to(tl.float32)) * weight
         _store(student_grad, row, classes, columns, gradient, STUDENT_GRAD)
         _store(teacher_grad, row, classes, columns, -gradient, TEACHER_GRAD)
     tl.store(rows + row, tl.sum(sums, 0) / classes)
@@ -108,7 +107,7 @@ def _difference_kernel(
 @triton.jit(do_not_specialize=_UNITS)
 def _softmax_kernel(
     student, teacher, rows, student_grad, teacher_grad, class_units, student_units, teacher_units, temperature,
-    KIND: tl.constexpr, STUDENT_GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    weight, KIND: tl.constexpr, STUDENT_GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """kl, reverse_kl, js of a row that fits one block."""
@@ -118,6 +117,7 @@ def _softmax_kernel(
     teacher += row * teacher_units * UNIT
     columns = tl.arange(0, BLOCK)
     inside = columns < classes
+    factor = temperature * weight
     s = tl.div_rn(_load(student, columns, classes), temperature)
     t = tl.div_rn(_load(teacher, columns, classes), temperature)
     s -= tl.max(s, 0)
@@ -129,7 +129,7 @@ def _softmax_kernel(
     student_ratio, teacher_ratio = _log_ratios(s - tl.log(s_sum), t - tl.log(t_sum), inside, KIND)
     student_sum, teacher_sum = tl.sum(q * student_ratio, 0), tl.sum(p * teacher_ratio, 0)
     tl.store(rows + row, _row_loss(student_sum, teacher_sum, temperature, KIND))
-    gradients = _gradients(q, p, student_ratio, teacher_ratio, student_sum, teacher_sum, temperature, KIND)
+    gradients = _gradients(q, p, student_ratio, teacher_ratio, student_sum, teacher_sum, factor, KIND)
     _store(student_grad, row, classes, columns, gradients[0], STUDENT_GRAD)
     _store(teacher_grad, row, classes, columns, gradients[1], TEACHER_GRAD)
 
@@ -153,7 +153,7 @@ def _reduce(row_max, row_sum):
 @triton.jit(do_not_specialize=_UNITS)
 def _long_softmax_kernel(
     student, teacher, rows, student_grad, teacher_grad, class_units, student_units, teacher_units, temperature,
-    KIND: tl.constexpr, STUDENT_GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    weight, KIND: tl.constexpr, STUDENT_GRAD: tl.constexpr, TEACHER_GRAD: tl.constexpr, BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """kl, reverse_kl, js of a row of several blocks."""
@@ -185,6 +185,7 @@ def _long_softmax_kernel(
     student_sum, teacher_sum = tl.sum(student_sums, 0) / s_total, tl.sum(teacher_sums, 0) / t_total
     tl.store(rows + row, _row_loss(student_sum, teacher_sum, temperature, KIND))
 
+    factor = temperature * weight
     if STUDENT_GRAD or TEACHER_GRAD:
         for start in range(0, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
@@ -193,7 +194,7 @@ def _long_softmax_kernel(
             student_ratio, teacher_ratio = _log_ratios(s - s_log_total, t - t_log_total, columns < classes, KIND)
             q = tl.div_rn(tl.exp(s), s_total)
             p = tl.div_rn(tl.exp(t), t_total)
-            gradients = _gradients(q, p, student_ratio, teacher_ratio, student_sum, teacher_sum, temperature, KIND)
+            gradients = _gradients(q, p, student_ratio, teacher_ratio, student_sum, teacher_sum, factor, KIND)
             _store(student_grad, row, classes, columns, gradients[0], STUDENT_GRAD)
             _store(teacher_grad, row, classes, columns, gradients[1], TEACHER_GRAD)
 
@@ -203,7 +204,13 @@ _SWEPT_BLOCK = 2048
 
 
 def kd_loss(
-    student: Tensor, teacher: Tensor, kind: int, temperature: float, student_grad: bool, teacher_grad: bool
+    student: Tensor,
+    teacher: Tensor,
+    kind: int,
+    temperature: float,
+    student_grad: bool,
+    teacher_grad: bool,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's loss and the gradients that are wanted; see `vitkd_fast.ops.kd_loss`.
 
@@ -213,9 +220,10 @@ def kd_loss(
         kind: index into `vitkd_fast.ops.kd_loss.KINDS`.
         temperature: what the logits are divided by (not for l1 and mse).
         student_grad, teacher_grad: which gradients are wanted.
+        weight: what they are multiplied by.
 
     Returns:
-        The losses (B,) in float32, and d loss / d student and d loss / d teacher, (B, C) contiguous in the logits'
+        The losses (B,) in float32, and weight * d loss / d student and / d teacher, (B, C) contiguous in the logits'
         dtype, or (0,) where not wanted.
 
     Raises:
@@ -240,7 +248,7 @@ def kd_loss(
     unit = math.gcd(8, *sizes)  # by itself Triton sees only multiples of 16, and would read a row of 1000 one by one
     with torch.cuda.device_of(student):
         kernel[(batch,)](
-            student, teacher, rows, *grads, *(size // unit for size in sizes), temperature,
+            student, teacher, rows, *grads, *(size // unit for size in sizes), temperature, weight,
             KIND=kind, STUDENT_GRAD=student_grad, TEACHER_GRAD=teacher_grad, BLOCK=block, UNIT=unit,
             num_warps=_warps(block),
         )  # fmt: skip

@@ -38,7 +38,7 @@ def compiled(kernel, chip, pointers, constants, num_warps, num_stages=3):
         elif name in pointers:
             types[name] = "*" + pointers[name]
         else:
-            types[name] = "fp32" if name in ("scale", "log2_scale", "temperature") else "i32"
+            types[name] = "fp32" if name in ("scale", "log2_scale", "temperature", "weight") else "i32"
         if name in pointers or "stride" in name:
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constexprs=constants, attrs=hints)

@@ -344,3 +344,47 @@ def test_different_dtypes_are_promoted(student_dtype, teacher_dtype, loss_dtype)
     loss.backward()
     assert (loss.dtype, student.grad.dtype, teacher.grad.dtype) == (loss_dtype, student_dtype, teacher_dtype)
     torch.testing.assert_close(loss.double(), kd_rows_formula(student.double(), teacher.double(), "kl", 1.0).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_scales_the_gradients_alone(op, kind):
+    student, teacher = draw(9, 33, torch.float32, op.device)
+    rows, *grads = op.call(student, teacher, KINDS.index(kind), 1.0, True, True)
+    weighed_rows, *weighed = op.call(student, teacher, KINDS.index(kind), 1.0, True, True, 0.25)  # exact in binary
+    assert torch.equal(weighed_rows, rows)
+    for grad, expected in zip(weighed, grads, strict=True):
+        assert torch.allclose(grad, 0.25 * expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("upstream", [1.0, 0.3, -2.0])
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_gradients_of_the_public_function(reduction, upstream, dtype):
+    """Twice through the same graph: a gradient handed out the first time must not be changed by what becomes of it."""
+    student, teacher = (tensor.requires_grad_() for tensor in draw(65, 100, dtype))
+    loss = kd_loss(student, teacher, kind="js", temperature=2.0, reduction=reduction).sum() * upstream
+    double = [tensor.detach().double() for tensor in (student, teacher)]
+    share = upstream / (65 if reduction == "batchmean" else 1)
+    exact = [grad * share for grad in kd_grads_formula(*double, "js", 2.0)]
+    formula = [
+        (grad.float() * share).to(dtype) for grad in kd_grads_formula(*(each.float() for each in double), "js", 2.0)
+    ]
+    for _ in range(2):
+        student.grad = teacher.grad = None
+        loss.backward(retain_graph=True)
+        for side, want, plain in zip((student, teacher), exact, formula, strict=True):
+            # stored once before the upstream gradient and once after it: up to two roundings
+            bound = 2 * (plain.double() - want).abs().max() + 3 * torch.finfo(dtype).eps * want.abs().max()
+            assert (side.grad.double() - want).abs().max() <= bound
+            side.grad.mul_(7)
+    student.grad = None
+    (2 * loss).backward()
+    assert (student.grad.double() - 2 * exact[0]).abs().max() <= 6 * torch.finfo(dtype).eps * exact[
+        0
+    ].abs().max() + 1e-7
+
+
+def test_the_mean_of_an_empty_batch_differentiates():
+    student, teacher = (tensor.requires_grad_() for tensor in draw(0, 10, torch.float32))
+    kd_loss(student, teacher).backward()
+    assert student.grad.shape == teacher.grad.shape == (0, 10)

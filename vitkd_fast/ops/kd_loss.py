@@ -61,20 +61,26 @@ def _weigh(p: Tensor, log_ratio: Tensor) -> Tensor:
 
 
 def kd_loss_formula(
-    student: Tensor, teacher: Tensor, kind: int, temperature: float, student_grad: bool, teacher_grad: bool
+    student: Tensor,
+    teacher: Tensor,
+    kind: int,
+    temperature: float,
+    student_grad: bool,
+    teacher_grad: bool,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op in plain torch: each row's loss, and its gradients where wanted (empty where not)."""
+    """The op in plain torch: each row's loss, and its gradients times `weight` where wanted (empty where not)."""
     precise = student.to(_row_dtype(student)), teacher.to(_row_dtype(teacher))
     rows = kd_rows_formula(*precise, KINDS[kind], temperature)
     grads = kd_grads_formula(*precise, KINDS[kind], temperature) if student_grad or teacher_grad else precise
     return (
         rows,
-        grads[0].to(student.dtype).contiguous() if student_grad else student.new_empty(0),
-        grads[1].to(teacher.dtype).contiguous() if teacher_grad else teacher.new_empty(0),
+        (grads[0] * weight).to(student.dtype).contiguous() if student_grad else student.new_empty(0),
+        (grads[1] * weight).to(teacher.dtype).contiguous() if teacher_grad else teacher.new_empty(0),
     )
 
 
-def _fake(student, teacher, kind, temperature, student_grad, teacher_grad):
+def _fake(student, teacher, kind, temperature, student_grad, teacher_grad, weight=1.0):
     return (
         student.new_empty(student.shape[0], dtype=_row_dtype(student)),
         student.new_empty(student.shape if student_grad else (0,)),
@@ -87,8 +93,8 @@ def _row_dtype(logits: Tensor) -> torch.dtype:
 
 
 define(
-    "kd_loss(Tensor student, Tensor teacher, int kind, float temperature, bool student_grad, bool teacher_grad)"
-    " -> (Tensor rows, Tensor student_grad, Tensor teacher_grad)",
+    "kd_loss(Tensor student, Tensor teacher, int kind, float temperature, bool student_grad, bool teacher_grad,"
+    " float weight=1.0) -> (Tensor rows, Tensor student_grad, Tensor teacher_grad)",
     formula=kd_loss_formula,
     fake=_fake,
 )
@@ -96,17 +102,18 @@ define(
 
 def _setup_context(ctx, inputs, output):
     _, student_grad, teacher_grad = output
+    ctx.weight = inputs[6]
     ctx.mark_non_differentiable(student_grad, teacher_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(student_grad, teacher_grad)
 
 
-class _ScaleRows(torch.autograd.Function):
-    """A gradient, (B, C), times its row's; the logits' part in it is lost, so it must not be differentiated again."""
+class _Once(torch.autograd.Function):
+    """Marks a gradient in which the logits' part is lost, so that it must not be differentiated again."""
 
     @staticmethod
-    def forward(ctx, grad, grad_rows):
-        return (grad * grad_rows.unsqueeze(1)).to(grad.dtype)
+    def forward(ctx, grad):
+        return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx, *_):
@@ -115,14 +122,42 @@ class _ScaleRows(torch.autograd.Function):
         )
 
 
+def _scaled(ctx, factor: Tensor | None) -> list[Tensor | None]:
+    """The saved gradients where they are needed, times `factor` unless it is None."""
+    grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+    if factor is not None:
+        grads = [None if grad is None else (grad * factor).to(grad.dtype) for grad in grads]
+    if torch.is_grad_enabled():  # create_graph
+        grads = [None if grad is None else _Once.apply(grad) for grad in grads]
+    return grads
+
+
 def _backward(ctx, grad_rows, *_):
     if grad_rows is None:
-        return (None,) * 6
-    grads = (
-        _ScaleRows.apply(grad, grad_rows) if needed else None
-        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
-    )
-    return *grads, None, None, None, None
+        return (None,) * 7
+    return *_scaled(ctx, (grad_rows / ctx.weight).unsqueeze(1)), None, None, None, None, None
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over rows as one node, with its 1 / B in the gradients from the start: where looking costs nothing and
+    the upstream gradient is 1, backward hands them out as they are, and no second pass over them is needed."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, kind, temperature):
+        # float16 might lose a gradient divided by B to underflow, before a loss scale makes up for it
+        ctx.weight = 1 / max(len(student), 1) if student.dtype is not torch.float16 else 1.0
+        wanted = ctx.needs_input_grad[:2]
+        rows, *grads = torch.ops.vitkd.kd_loss(student, teacher, kind, temperature, *wanted, ctx.weight)
+        ctx.save_for_backward(*grads)
+        return rows.mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.weight == 1:
+            rows = max(len(each) for each in ctx.saved_tensors)
+            return *_scaled(ctx, grad / max(rows, 1)), None, None
+        unchanged = grad.device.type == "cpu" and grad.item() == 1
+        return *_scaled(ctx, None if unchanged else grad), None, None
 
 
 differentiate("kd_loss", _backward, _setup_context)
@@ -162,7 +197,10 @@ def kd_loss(
         rows = kd_rows_formula(student, teacher, kind, temperature)
     else:
         wanted = [torch.is_grad_enabled() and logits.requires_grad for logits in (student, teacher)]
-        rows, _, _ = torch.ops.vitkd.kd_loss(student, teacher, KINDS.index(kind), float(temperature), *wanted)
+        arguments = KINDS.index(kind), float(temperature)
+        if any(wanted) and reduction == "batchmean" and not torch.compiler.is_compiling():
+            return _Mean.apply(student, teacher, *arguments)
+        rows, _, _ = torch.ops.vitkd.kd_loss(student, teacher, *arguments, *wanted)
     return rows.mean() if reduction == "batchmean" else rows
 
 

@@ -158,7 +158,7 @@ void kd_case(DType dtype, int64_t classes, int64_t offset) {
   teacher.fill();
   for (int kind = 0; kind < 5; ++kind) {
     const double temperature = kind > 2 ? 1.0 : 2.0;
-    KDLoss args{dtype, KDKind(kind), rows, classes, temperature, student.data(), stride, teacher.data(), stride,
+    KDLoss args{dtype, KDKind(kind), rows, classes, temperature, 1.0, student.data(), stride, teacher.data(), stride,
                 loss.data(), grad_s.data(), grad_t.data()};
     cpu::kd_loss(args, serial);
     for (int64_t i = 0; i < rows; ++i) {

@@ -73,10 +73,11 @@ class Emulator:
         temperature: float,
         student_grad: bool,
         teacher_grad: bool,
+        weight: float = 1.0,
         out_offset: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, classes = student.shape
-        words = [_dtype(student), kind, rows, classes, temperature, student.stride(0), teacher.stride(0)]
+        words = [_dtype(student), kind, rows, classes, temperature, weight, student.stride(0), teacher.stride(0)]
         grads = [((rows, classes) if wanted else (0,), student.dtype) for wanted in (student_grad, teacher_grad)]
         return self._ask("kd_loss", words, [student, teacher], [((rows,), torch.float32), *grads], out_offset)
 

@@ -86,6 +86,7 @@ void kd_loss() {
   p.kind = static_cast<vitkd::KDKind>(word<int>());
   p.rows = word<int64_t>(), p.classes = word<int64_t>();
   p.temperature = word<double>();
+  p.weight = word<double>();
   p.student_stride = word<int64_t>(), p.teacher_stride = word<int64_t>();
   Buffer student = announced(), teacher = announced();
   Buffer loss = announced(), student_grad = announced(), teacher_grad = announced();  // a gradient of 0 bytes: unwanted
