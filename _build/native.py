@@ -22,7 +22,8 @@ BFLOAT16 = {}
 if platform.machine() in ("x86_64", "AMD64"):
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": avx512}
-    BFLOAT16 |= {"avx512_bf16": f"{avx512} -mavx512bf16"}
+    avx512_bf16 = f"{avx512} -mavx512bf16"
+    BFLOAT16 |= {"avx512_bf16": avx512_bf16, "amx": f"{avx512_bf16} -mamx-tile -mamx-bf16"}
 ONCE = ("dispatch.cpp", "isa.cpp")
 
 # Ampere, Ada (which runs code for 8.6), Hopper, Blackwell; PTX for what comes after.

@@ -17,22 +17,23 @@ template <class In>
 constexpr bool kCoarse = std::is_same_v<In, Pair>;
 
 // Strips as even as whole vectors allow: 197 queries are 13 vectors of 16, in strips of 4, 3, 3 and 3.
-template <class T, class Body>
+template <class In, class Body>
 void for_each_strip(int64_t tokens, Body body) {
-  constexpr int64_t most = kStripLanes / kLanes<T>;
-  int64_t vectors = pad<T>(tokens) / kLanes<T>;
+  constexpr int64_t most = kStripLanes / kStripStep<In>;
+  int64_t units = round_up(tokens, kStripStep<In>) / kStripStep<In>;
   for (int64_t first = 0; first < tokens;) {
-    const int64_t strips = (vectors + most - 1) / most, width = (vectors + strips - 1) / strips;
-    const int64_t columns = width * kLanes<T>;
+    const int64_t strips = (units + most - 1) / most, width = (units + strips - 1) / strips;
+    const int64_t columns = width * kStripStep<In>;
     body(first, tokens - first < columns ? tokens - first : columns, columns);
     first += columns;
-    vectors -= width;
+    units -= width;
   }
 }
 
-template <class T>
+template <class In>
 int64_t widest_strip(int64_t tokens) {
-  return pad<T>(tokens) < kStripLanes ? pad<T>(tokens) : kStripLanes;
+  const int64_t padded = round_up(tokens, kStripStep<In>);
+  return padded < kStripLanes ? padded : kStripLanes;
 }
 
 // body(row, constant) for all rows, as many at a time as the constant says: four independent sums hide the latency of
@@ -162,7 +163,7 @@ void forward_head(const Attention& args, int64_t index, Workspace& memory) {
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
   const int64_t b = index / args.heads, h = index % args.heads, row_stride = args.qkv_stride[1];
   const int64_t width = pad<T>(head_dim), depth = steps<In>(head_dim), key_width = pad<T>(depth);
-  const int64_t strip = widest_strip<T>(tokens);
+  const int64_t strip = widest_strip<In>(tokens);
   const S* query = head_of<S>(args, index);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
@@ -170,24 +171,25 @@ void forward_head(const Attention& args, int64_t index, Workspace& memory) {
 
   Ahead ahead = next_head<S>(args, index);
   memory.rewind();
-  In* key_rows = memory.take<In>(tokens * key_width);
-  In* value_down = memory.take<In>(steps<In>(tokens) * width);
-  In* query_across = memory.take<In>(depth * strip);
-  T* scores = memory.take<T>(tokens * strip);
+  In* key_rows = memory.take<In>(tile_rows<In>(tokens) * key_width);
+  In* value_down = memory.take<In>(tile_depth<In>(tokens) * width);
+  In* query_across = memory.take<In>(tile_depth<In>(head_dim) * strip);
+  T* scores = memory.take<T>(tile_rows<In>(tokens) * strip);
   T* out_strip = memory.take<T>(strip * width);
-  In* weights = kSteps<In> == 1 ? reinterpret_cast<In*>(scores) : memory.take<In>(steps<In>(tokens) * strip);
+  In* weights = kSteps<In> == 1 ? reinterpret_cast<In*>(scores) : memory.take<In>(tile_depth<In>(tokens) * strip);
   pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
   pack_down(value, row_stride, tokens, head_dim, value_down, width);
 
   // floats take scale * log2(e) into the query, pairs into the exponent
   const T scale = T(args.scale * kLog2E), factor = kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
-  for_each_strip<T>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
+  for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     pack_across(query + first * row_stride, row_stride, rows, head_dim, scale, query_across, columns);
     gemm<In>({tokens, columns, depth, key_rows, key_width, 1, query_across, columns, scores, columns, false, &ahead});
     T inverse[kStripLanes];
     for (int64_t n = 0; n < columns; n += kLanes<T>) {
       store(inverse + n, T(1) / exponentials(scores + n, tokens, columns, factor, weights + n));
     }
+    clear(weights, steps<In>(tokens), tile_depth<In>(tokens), columns);
     gemm<In>({rows, width, steps<In>(tokens), weights, 1, columns, value_down, width, out_strip, width, false, &ahead});
     for (int64_t i = 0; i < rows; ++i) {
       pack(out_strip + i * width, head_dim, inverse[i], out + (first + i) * args.heads * head_dim);
@@ -202,7 +204,7 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
   const int64_t b = index / args.heads, h = index % args.heads, row_stride = args.qkv_stride[1];
   const int64_t width = pad<T>(head_dim), depth = steps<In>(head_dim), key_width = pad<T>(depth);
-  const int64_t strip = widest_strip<T>(tokens), token_steps = steps<In>(tokens);
+  const int64_t strip = widest_strip<In>(tokens), padded_tokens = tile_rows<In>(tokens);
   const S* query = head_of<S>(args, index);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
@@ -213,29 +215,29 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
 
   Ahead ahead = next_head<S>(args, index);
   memory.rewind();
-  In* key_rows = memory.take<In>(tokens * key_width);
-  In* value_rows = memory.take<In>(tokens * key_width);
-  In* query_across = memory.take<In>(depth * strip);
-  In* grad_across = memory.take<In>(depth * strip);
-  In* query_down = memory.take<In>(steps<In>(strip) * width);
-  In* grad_down = memory.take<In>(steps<In>(strip) * width);
-  T* scores = memory.take<T>(tokens * strip);
-  T* grads = memory.take<T>(tokens * strip);
+  In* key_rows = memory.take<In>(padded_tokens * key_width);
+  In* value_rows = memory.take<In>(padded_tokens * key_width);
+  In* query_across = memory.take<In>(tile_depth<In>(head_dim) * strip);
+  In* grad_across = memory.take<In>(tile_depth<In>(head_dim) * strip);
+  In* query_down = memory.take<In>(tile_depth<In>(strip) * width);
+  In* grad_down = memory.take<In>(tile_depth<In>(strip) * width);
+  T* scores = memory.take<T>(padded_tokens * strip);
+  T* grads = memory.take<T>(padded_tokens * strip);
   T* grad_query = memory.take<T>(strip * width);
-  T* grad_key = memory.take<T>(tokens * width);
-  T* grad_value = memory.take<T>(tokens * width);
-  In* key_down = pairs ? memory.take<In>(token_steps * width) : key_rows;
+  T* grad_key = memory.take<T>(padded_tokens * width);
+  T* grad_value = memory.take<T>(padded_tokens * width);
+  In* key_down = pairs ? memory.take<In>(tile_depth<In>(tokens) * width) : key_rows;
   Softened<In> softened = {reinterpret_cast<In*>(scores), reinterpret_cast<In*>(grads), reinterpret_cast<In*>(grads)};
   if (pairs) {
-    softened = {memory.take<In>(tokens * strip / 2), memory.take<In>(tokens * strip / 2),
-                memory.take<In>(token_steps * strip)};
+    softened = {memory.take<In>(padded_tokens * strip / 2), memory.take<In>(padded_tokens * strip / 2),
+                memory.take<In>(tile_depth<In>(tokens) * strip)};
     pack_down(key, row_stride, tokens, head_dim, key_down, width);
   }
   pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
   pack_rows(value, row_stride, tokens, head_dim, value_rows, key_width);
 
   const T scale = T(args.scale * kLog2E), factor = pairs ? (scale < 0 ? -scale : scale) : T(1);
-  for_each_strip<T>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
+  for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     const S* queries = query + first * row_stride;
     const S* grads_out = grad + first * grad_stride;
     pack_across(queries, row_stride, rows, head_dim, scale, query_across, columns);
@@ -249,9 +251,10 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
       softmax_backward<In>(scores + n, grads + n, tokens, columns, factor,
                            {softened.weights_rows + m, softened.grad_rows + m, softened.grad_down + n});
     }
+    if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), columns);
     const int64_t row_steps = steps<In>(rows), a_row = columns / kSteps<In>;
     const bool later = first > 0;
-    gemm<In>({rows, width, token_steps, softened.grad_down, 1, columns, key_down, width, grad_query, width, false, &ahead});
+    gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, columns, key_down, width, grad_query, width, false, &ahead});
     gemm<In>({tokens, width, row_steps, softened.weights_rows, a_row, 1, grad_down, width, grad_value, width, later, &ahead});
     gemm<In>({tokens, width, row_steps, softened.grad_rows, a_row, 1, query_down, width, grad_key, width, later, &ahead});
     for (int64_t i = 0; i < rows; ++i) {
@@ -274,6 +277,7 @@ int64_t heads_per_task(const Args& args) {
 template <class Args, void (*head)(const Args&, int64_t, Workspace&)>
 void for_each_head(const Args& args, ParallelFor parallel_for) {
   auto body = [](int64_t begin, int64_t end, void* context) {
+    [[maybe_unused]] const Tiles tiles;
     Workspace memory;
     for (int64_t i = begin; i < end; ++i) head(*static_cast<const Args*>(context), i, memory);
   };

@@ -17,7 +17,8 @@ VITKD_DECLARE(portable)
 #if defined(__x86_64__)
 VITKD_DECLARE(avx2)
 VITKD_DECLARE(avx512)
-VITKD_DECLARE(avx512_bf16)  // attention in bfloat16 alone
+VITKD_DECLARE(avx512_bf16)  // these two: attention in bfloat16 alone
+VITKD_DECLARE(amx)
 #endif
 
 namespace {
@@ -34,6 +35,7 @@ struct Kernels {
 Kernels choose() {
 #if defined(__x86_64__)
   const char* isa = chosen_isa();
+  if (std::strcmp(isa, "amx") == 0) return VITKD_KERNELS(avx512, amx);
   if (std::strcmp(isa, "avx512_bf16") == 0) return VITKD_KERNELS(avx512, avx512_bf16);
   if (std::strcmp(isa, "avx512") == 0) return VITKD_KERNELS(avx512, avx512);
   if (std::strcmp(isa, "avx2") == 0) return VITKD_KERNELS(avx2, avx2);

@@ -3,7 +3,28 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace vitkd::cpu {
+
+namespace {
+
+// Linux hands out the tiles' state only to a process that asked for it.
+bool tiles_granted() {
+#if defined(VITKD_AMX_EMULATED)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 CpuFacts detect_cpu() {
 #if defined(__x86_64__)
@@ -12,7 +33,13 @@ CpuFacts detect_cpu() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // every CPU with AVX2 since Haswell has F16C; gcc 12 cannot be asked for it
-  return {avx2, avx512, avx512 && __builtin_cpu_supports("avx512bf16"), avx512 && __builtin_cpu_supports("amx-bf16")};
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(VITKD_AMX_EMULATED)
+  const bool amx = avx512_bf16;
+#else
+  const bool amx = avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+#endif
+  return {avx2, avx512, avx512_bf16, amx && tiles_granted()};
 #else
   return {};
 #endif
@@ -23,7 +50,7 @@ const char* chosen_isa() {
   const struct {
     const char* name;
     bool there;
-  } sets[] = {{"amx", false},
+  } sets[] = {{"amx", cpu.amx_bf16},
               {"avx512_bf16", cpu.avx512_bf16},
               {"avx512", cpu.avx512},
               {"avx2", cpu.avx2},

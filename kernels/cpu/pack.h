@@ -6,11 +6,48 @@
 
 #include "gemm.h"
 
+#if defined(__AMX_BF16__) || defined(VITKD_AMX_EMULATED)
+#define VITKD_AMX 1
+#include "amx.h"
+#endif
+
 namespace vitkd::cpu::VITKD_ISA {
 
 template <class In>
 constexpr int64_t steps(int64_t n) {
   return (n + kSteps<In> - 1) / kSteps<In>;
+}
+
+// Whole tiles of the product's engine: memory for so many rows and, filled up with zeros, so deep. A strip of queries,
+// which is columns of one product and depth of the next, is a whole number of `kStripStep` of them.
+#if defined(VITKD_AMX)
+template <class In>
+constexpr int64_t kTileOf = std::is_same_v<In, Pair> ? kTile : 1;
+template <class In>
+constexpr int64_t kStripStep = std::is_same_v<In, Pair> ? 2 * kTile : kLanes<SumOf<In>>;
+#else
+struct Tiles {};
+template <class In>
+constexpr int64_t kTileOf = 1;
+template <class In>
+constexpr int64_t kStripStep = kLanes<SumOf<In>>;
+#endif
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class In>
+int64_t tile_rows(int64_t rows) {
+  return round_up(rows, kTileOf<In>);
+}
+
+template <class In>
+int64_t tile_depth(int64_t terms) {
+  return round_up(steps<In>(terms), kTileOf<In>);
+}
+
+template <class In>
+void clear(In* rows, int64_t first, int64_t last, int64_t width) {
+  if (first < last) __builtin_memset(static_cast<void*>(rows + first * width), 0, (last - first) * width * sizeof(In));
 }
 
 #if defined(__AVX512BF16__)
@@ -87,6 +124,7 @@ void pack_across(const S* in, int64_t stride, int64_t rows, int64_t head_dim, Su
       }
     }
   }
+  clear(out, depth, tile_depth<In>(head_dim), columns);
 }
 
 // As they are, or two rows to one row of pairs: for sums over tokens.
@@ -100,6 +138,7 @@ void pack_down(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* 
         store_operand(out + d, join(load_wide(in + d, head_dim - d), next));
       }
     }
+    clear(out, 0, tile_depth<In>(rows) - steps<In>(rows), width);
     return;
   }
 #endif

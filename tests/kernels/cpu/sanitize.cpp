@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "../../../kernels/cpu/isa.h"
 #include "../../../kernels/kernels.h"
 
 using namespace vitkd;
@@ -188,12 +189,13 @@ void kd_case(DType dtype, int64_t classes, int64_t offset) {
 int main() {
   int cases = 0;
   for (DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
-    for (int64_t offset : {0, 1, 3}) {
+    for (int64_t offset : {0, 3}) {
       for (int64_t tokens : {1, 2, 15, 16, 17, 48, 49, 65}) {
         for (int64_t head_dim : {1, 7, 16, 24, 33, 64}) attention_case(dtype, tokens, head_dim, offset), ++cases;
       }
+      if (offset > 0) attention_case(dtype, dtype == DType::bfloat16 ? 261 : 130, 40, offset), ++cases;
       for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
     }
   }
-  std::printf("%d cases clean\n", cases);
+  std::printf("%d cases clean on %s\n", cases, cpu::chosen_isa());
 }
