@@ -80,19 +80,28 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
     python_headers = f"-isystem {sysconfig.get_path('include')} -isystem {pybind_include}"
     facts.objects += [
         ("cxx", root / "csrc/facts.cpp", f"{python_headers} {made}"),
-        ("cxx", root / "kernels/cpu/isa.cpp", ""),
+        *(("cxx", path, flags) for path, flags in cpu_kernels(root) if path.name == "isa.cpp"),
     ]
     return found | {"_facts": facts}
 
 
+def accepts(cxx: str, flags: str) -> bool:
+    """Whether the compiler knows these flags: AMX takes gcc 11 or clang 11."""
+    command = [*cxx.split(), *flags.split(), "-fsyntax-only", "-xc++", os.devnull]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
 def cpu_kernels(root: Path) -> list[tuple[Path, str]]:
     """The sources of the CPU kernels, each as often as it is compiled, with its flags."""
+    cxx = os.environ.get("CXX", "c++")
+    bfloat16 = {name: flags for name, flags in BFLOAT16.items() if accepts(cxx, flags)}
+    have = " ".join(f"-DVITKD_HAVE_{name.upper()}" for name in bfloat16)
     found = []
     for path in sorted((root / "kernels/cpu").glob("*.cpp")):
         if path.name in ONCE:
-            found.append((path, ""))
+            found.append((path, have))
         else:
-            sets = INSTRUCTION_SETS | (BFLOAT16 if path.name == "attention.cpp" else {})
+            sets = INSTRUCTION_SETS | (bfloat16 if path.name == "attention.cpp" else {})
             found += [(path, f"-DVITKD_ISA={name} {flags}") for name, flags in sets.items()]
     return found
 

@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <type_traits>
+
 #include "../kernels/kernels.h"
 
 // In libtorch_cuda; torch declares it only where CUDA's headers are installed.
@@ -18,6 +20,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace vitkd {
 
 namespace backend = VITKD_BACKEND;
+constexpr bool kCpu = std::is_same_v<decltype(&backend::attention), void (*)(const Attention&, cpu::ParallelFor)>;
 using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {

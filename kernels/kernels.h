@@ -7,9 +7,11 @@ namespace vitkd {
 
 enum class DType : int32_t { float32, bfloat16, float16, float64 };
 
-// out = softmax(scale * q k^T) v for every batch entry and head.
+// out = softmax(scale * q k^T) v for every batch entry and head. On the CPU a float32 qkv may go with a bfloat16 out and
+// gradient of it, for which it is rounded, if at all, where it is read.
 struct Attention {
-  DType dtype;
+  DType dtype;      // of qkv
+  DType out_dtype;  // of out
   int64_t batch, tokens, heads, head_dim;
   double scale;
   const void* qkv;        // (batch, tokens, 3, heads, head_dim), head_dim contiguous
@@ -18,7 +20,8 @@ struct Attention {
 };
 
 struct AttentionBackward {
-  DType dtype;
+  DType dtype;      // of qkv and grad_qkv
+  DType out_dtype;  // of grad_out
   int64_t batch, tokens, heads, head_dim;
   double scale;
   const void* qkv;             // as above

@@ -11,6 +11,7 @@ namespace vitkd::cpu::VITKD_ISA {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kFewHeads = 16;
 constexpr int64_t kStripLanes = 64;  // queries of one strip: at 197 keys their scores take 50 KB
 
 template <class In>
@@ -137,29 +138,39 @@ const S* head_of(const Args& args, int64_t index) {
   return static_cast<const S*>(args.qkv) + b * args.qkv_stride[0] + h * args.qkv_stride[3];
 }
 
-template <class S>
-const S* grad_of(const AttentionBackward& args, int64_t index) {
+template <class O>
+const O* grad_of(const AttentionBackward& args, int64_t index) {
   const int64_t b = index / args.heads, h = index % args.heads;
-  return static_cast<const S*>(args.grad_out) + b * args.grad_out_stride[0] + h * args.grad_out_stride[2];
+  return static_cast<const O*>(args.grad_out) + b * args.grad_out_stride[0] + h * args.grad_out_stride[2];
 }
 
-template <class S, class Args>
+template <class S, class O, class Args>
 Ahead next_head(const Args& args, int64_t index) {
   Ahead ahead;
   if (index + 1 >= args.batch * args.heads) return ahead;
-  const int64_t bytes = args.head_dim * int64_t{sizeof(S)}, stride = int64_t{sizeof(S)};
+  constexpr int64_t size = sizeof(S), grad_size = sizeof(O);
   for (int64_t i = 0; i < 3; ++i) {
-    ahead.add(head_of<S>(args, index + 1) + i * args.qkv_stride[2], args.qkv_stride[1] * stride, args.tokens, bytes);
+    const S* rows = head_of<S>(args, index + 1) + i * args.qkv_stride[2];
+    ahead.add(rows, args.qkv_stride[1] * size, args.tokens, args.head_dim * size);
   }
   if constexpr (std::is_same_v<Args, AttentionBackward>) {
-    ahead.add(grad_of<S>(args, index + 1), args.grad_out_stride[1] * stride, args.tokens, bytes);
+    const O* rows = grad_of<O>(args, index + 1);
+    ahead.add(rows, args.grad_out_stride[1] * grad_size, args.tokens, args.head_dim * grad_size);
   }
   return ahead;
 }
 
-template <class S, class In>
-void forward_head(const Attention& args, int64_t index, Workspace& memory) {
+// Queries of one head may be shared among tasks where there are few heads; each packs the keys for itself.
+inline int64_t parts_of_head(const Attention& args) {
+  const int64_t heads = args.batch * args.heads, strips = (args.tokens + kStripLanes - 1) / kStripLanes;
+  const int64_t wanted = (kFewHeads + heads - 1) / heads, most = strips / 2 > 0 ? strips / 2 : 1;
+  return wanted < most ? wanted : most;
+}
+
+template <class S, class In, class O>
+void forward_head(const Attention& args, int64_t task, Workspace& memory) {
   using T = SumOf<In>;
+  const int64_t parts = parts_of_head(args), index = task / parts, part = task % parts;
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
   const int64_t b = index / args.heads, h = index % args.heads, row_stride = args.qkv_stride[1];
   const int64_t width = pad<T>(head_dim), depth = steps<In>(head_dim), key_width = pad<T>(depth);
@@ -167,9 +178,9 @@ void forward_head(const Attention& args, int64_t index, Workspace& memory) {
   const S* query = head_of<S>(args, index);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
-  S* out = static_cast<S*>(args.out) + (b * tokens * args.heads + h) * head_dim;
+  O* out = static_cast<O*>(args.out) + (b * tokens * args.heads + h) * head_dim;
 
-  Ahead ahead = next_head<S>(args, index);
+  Ahead ahead = next_head<S, O>(args, index);
   memory.rewind();
   In* key_rows = memory.take<In>(tile_rows<In>(tokens) * key_width);
   In* value_down = memory.take<In>(tile_depth<In>(tokens) * width);
@@ -183,6 +194,7 @@ void forward_head(const Attention& args, int64_t index, Workspace& memory) {
   // floats take scale * log2(e) into the query, pairs into the exponent
   const T scale = T(args.scale * kLog2E), factor = kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
   for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
+    if (first / kStripLanes % parts != part) return;
     pack_across(query + first * row_stride, row_stride, rows, head_dim, scale, query_across, columns);
     gemm<In>({tokens, columns, depth, key_rows, key_width, 1, query_across, columns, scores, columns, false, &ahead});
     T inverse[kStripLanes];
@@ -197,7 +209,7 @@ void forward_head(const Attention& args, int64_t index, Workspace& memory) {
   });
 }
 
-template <class S, class In>
+template <class S, class In, class O>
 void backward_head(const AttentionBackward& args, int64_t index, Workspace& memory) {
   using T = SumOf<In>;
   constexpr bool pairs = kSteps<In> == 2;
@@ -208,12 +220,12 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   const S* query = head_of<S>(args, index);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
-  const S* grad = grad_of<S>(args, index);
+  const O* grad = grad_of<O>(args, index);
   const int64_t grad_stride = args.grad_out_stride[1];
   const int64_t channels = args.heads * head_dim, out_stride = 3 * channels;
   S* grad_qkv = static_cast<S*>(args.grad_qkv) + b * tokens * out_stride + h * head_dim;
 
-  Ahead ahead = next_head<S>(args, index);
+  Ahead ahead = next_head<S, O>(args, index);
   memory.rewind();
   In* key_rows = memory.take<In>(padded_tokens * key_width);
   In* value_rows = memory.take<In>(padded_tokens * key_width);
@@ -239,7 +251,7 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   const T scale = T(args.scale * kLog2E), factor = pairs ? (scale < 0 ? -scale : scale) : T(1);
   for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     const S* queries = query + first * row_stride;
-    const S* grads_out = grad + first * grad_stride;
+    const O* grads_out = grad + first * grad_stride;
     pack_across(queries, row_stride, rows, head_dim, scale, query_across, columns);
     pack_across(grads_out, grad_stride, rows, head_dim, T(1), grad_across, columns);
     pack_down(queries, row_stride, rows, head_dim, query_down, width);
@@ -275,43 +287,46 @@ int64_t heads_per_task(const Args& args) {
 }
 
 template <class Args, void (*head)(const Args&, int64_t, Workspace&)>
-void for_each_head(const Args& args, ParallelFor parallel_for) {
+void for_each_head(const Args& args, int64_t parts, ParallelFor parallel_for) {
   auto body = [](int64_t begin, int64_t end, void* context) {
     [[maybe_unused]] const Tiles tiles;
     Workspace memory;
     for (int64_t i = begin; i < end; ++i) head(*static_cast<const Args*>(context), i, memory);
   };
-  parallel_for(args.batch * args.heads, heads_per_task(args), body, const_cast<Args*>(&args));
+  parallel_for(args.batch * args.heads * parts, heads_per_task(args), body, const_cast<Args*>(&args));
+}
+
+// S is what qkv is stored in, In what is multiplied, O what out and its gradient are stored in.
+template <class S, class In, class O>
+void run(const Attention& args, ParallelFor parallel_for) {
+  for_each_head<Attention, forward_head<S, In, O>>(args, parts_of_head(args), parallel_for);
+}
+
+template <class S, class In, class O>
+void run(const AttentionBackward& args, ParallelFor parallel_for) {
+  for_each_head<AttentionBackward, backward_head<S, In, O>>(args, 1, parallel_for);
+}
+
+template <class Args>
+void choose(const Args& args, ParallelFor parallel_for) {
+#if defined(__AVX512BF16__)  // this instruction set is asked for bfloat16 alone
+  if (args.dtype == DType::float32) return run<float, Pair, bf16>(args, parallel_for);
+  run<bf16, Pair, bf16>(args, parallel_for);
+#else
+  switch (args.dtype) {
+    case DType::float32:
+      if (args.out_dtype == DType::bfloat16) return run<float, float, bf16>(args, parallel_for);
+      return run<float, float, float>(args, parallel_for);
+    case DType::bfloat16: return run<bf16, float, bf16>(args, parallel_for);
+    case DType::float16: return run<f16, float, f16>(args, parallel_for);
+    case DType::float64: return run<double, double, double>(args, parallel_for);
+  }
+#endif
 }
 
 }  // namespace
 
-#if defined(__AVX512BF16__)  // this instruction set is asked for bfloat16 alone
-void attention(const Attention& args, ParallelFor parallel_for) {
-  for_each_head<Attention, forward_head<bf16, Pair>>(args, parallel_for);
-}
-
-void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) {
-  for_each_head<AttentionBackward, backward_head<bf16, Pair>>(args, parallel_for);
-}
-#else
-void attention(const Attention& args, ParallelFor parallel_for) {
-  switch (args.dtype) {
-    case DType::float32: return for_each_head<Attention, forward_head<float, float>>(args, parallel_for);
-    case DType::bfloat16: return for_each_head<Attention, forward_head<bf16, float>>(args, parallel_for);
-    case DType::float16: return for_each_head<Attention, forward_head<f16, float>>(args, parallel_for);
-    case DType::float64: return for_each_head<Attention, forward_head<double, double>>(args, parallel_for);
-  }
-}
-
-void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) {
-  switch (args.dtype) {
-    case DType::float32: return for_each_head<AttentionBackward, backward_head<float, float>>(args, parallel_for);
-    case DType::bfloat16: return for_each_head<AttentionBackward, backward_head<bf16, float>>(args, parallel_for);
-    case DType::float16: return for_each_head<AttentionBackward, backward_head<f16, float>>(args, parallel_for);
-    case DType::float64: return for_each_head<AttentionBackward, backward_head<double, double>>(args, parallel_for);
-  }
-}
-#endif
+void attention(const Attention& args, ParallelFor parallel_for) { choose(args, parallel_for); }
+void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) { choose(args, parallel_for); }
 
 }  // namespace vitkd::cpu::VITKD_ISA

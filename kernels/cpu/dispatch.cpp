@@ -35,8 +35,12 @@ struct Kernels {
 Kernels choose() {
 #if defined(__x86_64__)
   const char* isa = chosen_isa();
+#if defined(VITKD_HAVE_AMX)
   if (std::strcmp(isa, "amx") == 0) return VITKD_KERNELS(avx512, amx);
+#endif
+#if defined(VITKD_HAVE_AVX512_BF16)
   if (std::strcmp(isa, "avx512_bf16") == 0) return VITKD_KERNELS(avx512, avx512_bf16);
+#endif
   if (std::strcmp(isa, "avx512") == 0) return VITKD_KERNELS(avx512, avx512);
   if (std::strcmp(isa, "avx2") == 0) return VITKD_KERNELS(avx2, avx2);
 #endif
@@ -51,11 +55,11 @@ const Kernels& kernels() {
 }  // namespace
 
 void attention(const Attention& args, ParallelFor parallel_for) {
-  const bool bf16 = args.dtype == DType::bfloat16;
+  const bool bf16 = args.out_dtype == DType::bfloat16;
   (bf16 ? kernels().attention_bf16 : kernels().attention)(args, parallel_for);
 }
 void attention_backward(const AttentionBackward& args, ParallelFor parallel_for) {
-  const bool bf16 = args.dtype == DType::bfloat16;
+  const bool bf16 = args.out_dtype == DType::bfloat16;
   (bf16 ? kernels().attention_backward_bf16 : kernels().attention_backward)(args, parallel_for);
 }
 void kd_loss(const KDLoss& args, ParallelFor parallel_for) { kernels().kd_loss(args, parallel_for); }

@@ -50,8 +50,13 @@ const char* chosen_isa() {
   const struct {
     const char* name;
     bool there;
-  } sets[] = {{"amx", cpu.amx_bf16},
+  } sets[] = {
+#if defined(VITKD_HAVE_AMX)  // the compiler knew it
+              {"amx", cpu.amx_bf16},
+#endif
+#if defined(VITKD_HAVE_AVX512_BF16)
               {"avx512_bf16", cpu.avx512_bf16},
+#endif
               {"avx512", cpu.avx512},
               {"avx2", cpu.avx2},
               {"portable", true}};

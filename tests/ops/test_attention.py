@@ -118,6 +118,22 @@ def attention_longdouble(qkv, grad_out, scale):
     return out.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * head_dim), grads.transpose(1, 3, 0, 2, 4)
 
 
+@pytest.mark.parametrize("size", [(2, 1, 2, 16), (3, 17, 2, 20), (2, 50, 3, 64), (2, 197, 2, 33)], ids=str)
+def test_float32_in_bfloat16_out(op, size):
+    """What autocast asks for, without a rounded copy of qkv: as good as the formula on that copy."""
+    if op.device == "cuda":
+        pytest.skip("the CUDA kernels take one dtype: attention() casts")
+    qkv, grad_out = draw(*size, torch.float32)
+    grad_out, scale, rounded = grad_out.bfloat16(), 0.2, qkv.bfloat16()
+    out = torch.ops.vitkd.attention(qkv, scale, True) if op is not Formula else op.forward(rounded, scale)
+    assert_follows_rule(out, attention_formula(qkv.double(), scale), attention_formula(rounded, scale), "out")
+    grad = op.backward(grad_out, qkv if op is not Formula else rounded, scale)
+    assert grad.dtype == (torch.float32 if op is not Formula else torch.bfloat16)
+    exact = attention_backward_formula(grad_out.double(), qkv.double(), scale)
+    formula = attention_backward_formula(grad_out, rounded, scale)
+    assert_follows_rule(grad.bfloat16(), exact, formula, "grad_qkv")
+
+
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
 def test_scores_of_ten_thousand(op, dtype):
     """Scores between ±1e4: exp overflows unless the maximum is taken off, and a score's rounding error is all there is.

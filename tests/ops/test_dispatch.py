@@ -286,9 +286,10 @@ def test_kd_loss_names_a_wrong_setting(arguments, message):
     ("call", "named"),
     [
         (lambda: torch.ops.vitkd.attention(torch.zeros(2, 17, 96), 0.2), "qkv"),
+        (lambda: torch.ops.vitkd.attention(packed(2, 17, 3, 2, 16).half(), 0.2, True), "bfloat16"),
         (lambda: torch.ops.vitkd.attention_backward(torch.zeros(2, 17, 33), packed(2, 17, 3, 2, 16), 0.2), "grad_out"),
         (
-            lambda: torch.ops.vitkd.attention_backward(packed(2, 17, 32).bfloat16(), packed(2, 17, 3, 2, 16), 0.2),
+            lambda: torch.ops.vitkd.attention_backward(packed(2, 17, 32).half(), packed(2, 17, 3, 2, 16), 0.2),
             "grad_out",
         ),
         (lambda: torch.ops.vitkd.kd_loss(torch.zeros(4, 10), torch.zeros(4, 9), 0, 1.0, True, True), "teacher"),

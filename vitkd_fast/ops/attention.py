@@ -28,26 +28,32 @@ def attention_backward_formula(grad_out: Tensor, qkv: Tensor, scale: float) -> T
     return torch.stack(grads).permute(1, 3, 0, 2, 4).contiguous()  # (B, N, 3, H, D)
 
 
-define(
-    "attention(Tensor qkv, float scale) -> Tensor",
-    formula=attention_formula,
-    fake=lambda qkv, scale: qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4]),
-)
+def _attention(qkv, scale, bfloat16=False):
+    return attention_formula(qkv.to(torch.bfloat16) if bfloat16 else qkv, scale)
+
+
+def _attention_fake(qkv, scale, bfloat16=False):
+    shape = qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4]
+    return qkv.new_empty(shape, dtype=torch.bfloat16 if bfloat16 else qkv.dtype)
+
+
+# With bfloat16, a float32 qkv on the CPU gives a bfloat16 output, and no rounded copy of it is made.
+define("attention(Tensor qkv, float scale, bool bfloat16=False) -> Tensor", formula=_attention, fake=_attention_fake)
 define(
     "attention_backward(Tensor grad_out, Tensor qkv, float scale) -> Tensor",
-    formula=attention_backward_formula,
+    formula=lambda grad_out, qkv, scale: attention_backward_formula(grad_out, qkv.to(grad_out.dtype), scale).to(qkv),
     fake=lambda grad_out, qkv, scale: qkv.new_empty(qkv.shape),
 )
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, ctx.scale = inputs
+    qkv, ctx.scale, _ = inputs
     ctx.save_for_backward(qkv)
 
 
 def _backward(ctx, grad_out):
     (qkv,) = ctx.saved_tensors
-    return torch.ops.vitkd.attention_backward(grad_out, qkv, ctx.scale), None
+    return torch.ops.vitkd.attention_backward(grad_out, qkv, ctx.scale), None, None
 
 
 differentiate("attention", _backward, _setup_context)
@@ -69,22 +75,28 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         ValueError: qkv is not (B, N, 3, H, D) with N, H, D >= 1.
         TypeError: qkv's dtype is none of the above.
 
-    Heads wider than 128 are computed by torch's scaled_dot_product_attention. The gradient is deterministic and has no
+    Heads wider than 128, and a single token, are computed by torch's scaled_dot_product_attention. The gradient is deterministic and has no
     second derivative. Source: Vaswani et al. 2017, eq. 1.
     """
     _check(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    qkv = qkv.to(autocast_dtype(qkv))
-    if fallback_reason(qkv.device.type, qkv.dtype, qkv.shape[-1]) is None:
+    dtype = autocast_dtype(qkv)
+    fused = fallback_reason(qkv.device.type, dtype, qkv.shape[-1], qkv.shape[1]) is None
+    if fused and qkv.device.type == "cpu" and (qkv.dtype, dtype) == (torch.float32, torch.bfloat16):
+        return torch.ops.vitkd.attention(qkv, scale, True)
+    qkv = qkv.to(dtype)
+    if fused:
         return torch.ops.vitkd.attention(qkv, scale)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
 
 
-def fallback_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def fallback_reason(device: str, dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
     """Why attention of this kind goes to torch's scaled_dot_product_attention; None when the fused op takes it."""
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
+    if tokens == 1:
+        return "one token attends to itself alone: there is nothing to fuse"
     if device == "cuda" and dtype is torch.float64:
         return "the CUDA kernels have no float64"
     return None

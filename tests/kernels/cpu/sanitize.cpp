@@ -96,15 +96,15 @@ void expect(double got, double want, double size, DType dtype, const char* what)
   std::exit(1);
 }
 
-void attention_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t offset) {
+void attention_case(DType dtype, DType out_dtype, int64_t tokens, int64_t head_dim, int64_t offset) {
   const int64_t batch = 2, heads = 2, channels = heads * head_dim, row = 3 * channels;
-  Buffer qkv(dtype, batch * tokens * row, offset), grad_out(dtype, batch * tokens * channels, offset);
-  Buffer out(dtype, grad_out.size, offset), grad_qkv(dtype, qkv.size, offset);
+  Buffer qkv(dtype, batch * tokens * row, offset), grad_out(out_dtype, batch * tokens * channels, offset);
+  Buffer out(out_dtype, grad_out.size, offset), grad_qkv(dtype, qkv.size, offset);
   qkv.fill();
   grad_out.fill();
   const double scale = 1.0 / static_cast<double>(head_dim);
-  Attention forward{dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim}, out.data()};
-  AttentionBackward backward{dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim},
+  Attention forward{dtype, out_dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim}, out.data()};
+  AttentionBackward backward{dtype, out_dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim},
                              grad_out.data(), {tokens * channels, channels, head_dim}, grad_qkv.data()};
   cpu::attention(forward, serial);
   cpu::attention_backward(backward, serial);
@@ -132,7 +132,7 @@ void attention_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t offse
             dp[j] += grad_out.get(at_out(i, d)) * qkv.get(at(j, 2, d));
             want[at(j, 2, d)] += p[j] * grad_out.get(at_out(i, d));
           }
-          expect(out.get(at_out(i, d)), o, 4, dtype, "attention");
+          expect(out.get(at_out(i, d)), o, 4, out_dtype, "attention");
         }
         for (int64_t j = 0; j < tokens; ++j) delta += p[j] * dp[j];
         for (int64_t j = 0; j < tokens; ++j) {
@@ -147,7 +147,7 @@ void attention_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t offse
   }
   double size = 1;
   for (double x : want) size = std::abs(x) > size ? std::abs(x) : size;
-  for (int64_t i = 0; i < qkv.size; ++i) expect(grad_qkv.get(i), want[static_cast<size_t>(i)], size, dtype, "attention_backward");
+  for (int64_t i = 0; i < qkv.size; ++i) expect(grad_qkv.get(i), want[static_cast<size_t>(i)], size, out_dtype, "attention_backward");
 }
 
 void kd_case(DType dtype, int64_t classes, int64_t offset) {
@@ -191,9 +191,10 @@ int main() {
   for (DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
     for (int64_t offset : {0, 3}) {
       for (int64_t tokens : {1, 2, 15, 16, 17, 48, 49, 65}) {
-        for (int64_t head_dim : {1, 7, 16, 24, 33, 64}) attention_case(dtype, tokens, head_dim, offset), ++cases;
+        for (int64_t head_dim : {1, 7, 16, 24, 33, 64}) attention_case(dtype, dtype, tokens, head_dim, offset), ++cases;
       }
-      if (offset > 0) attention_case(dtype, dtype == DType::bfloat16 ? 261 : 130, 40, offset), ++cases;
+      if (offset > 0) attention_case(dtype, dtype, dtype == DType::bfloat16 ? 261 : 130, 40, offset), ++cases;
+      if (dtype == DType::float32) attention_case(dtype, DType::bfloat16, 33, 40, offset), ++cases;
       for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
     }
   }

@@ -51,7 +51,7 @@ void reply(const char* error, const std::vector<Buffer*>& outputs) {
 
 void attention() {
   vitkd::Attention p{};
-  p.dtype = static_cast<vitkd::DType>(word<int>());
+  p.dtype = p.out_dtype = static_cast<vitkd::DType>(word<int>());
   p.batch = word<int64_t>(), p.tokens = word<int64_t>(), p.heads = word<int64_t>(), p.head_dim = word<int64_t>();
   p.scale = word<double>();
   for (auto& stride : p.qkv_stride) stride = word<int64_t>();
@@ -65,7 +65,7 @@ void attention() {
 
 void attention_backward() {
   vitkd::AttentionBackward p{};
-  p.dtype = static_cast<vitkd::DType>(word<int>());
+  p.dtype = p.out_dtype = static_cast<vitkd::DType>(word<int>());
   p.batch = word<int64_t>(), p.tokens = word<int64_t>(), p.heads = word<int64_t>(), p.head_dim = word<int64_t>();
   p.scale = word<double>();
   for (auto& stride : p.qkv_stride) stride = word<int64_t>();
