@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -133,8 +135,7 @@ def measure(
         row.low, row.high = (
             (min(seen), max(seen)) if len(seen) < 5 else (statistics.quantiles(seen, n=5)[i] for i in (0, 3))
         )
-        if arguments.device == "cuda":
-            row.extra_mb = _peak_memory(contender, run, inputs[0])
+        row.extra_mb = _peak_memory(contender, run, inputs[0], arguments.device)
 
 
 def _times(call: Callable[[], None], arguments: argparse.Namespace) -> list[float]:
@@ -151,7 +152,13 @@ def _times(call: Callable[[], None], arguments: argparse.Namespace) -> list[floa
     return [time * 1e3 for time in do_bench(call, warmup=50, rep=int(seconds * 1e3), return_mode="all")]
 
 
-def _peak_memory(contender: Contender, run: Callable[..., None], inputs: tuple[Tensor, ...]) -> float:
+def _peak_memory(contender: Contender, run: Callable[..., None], inputs: tuple[Tensor, ...], device: str) -> float:
+    """What a call takes at most beyond what was taken before it, in MB: of the GPU's memory, or of the process's.
+
+    The process's counts what kernels allocate for themselves; Linux alone tells (NaN elsewhere).
+    """
+    if device == "cpu":
+        return _peak_of_process(contender, run, inputs)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -159,6 +166,23 @@ def _peak_memory(contender: Contender, run: Callable[..., None], inputs: tuple[T
         run(*inputs)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def _peak_of_process(contender: Contender, run: Callable[..., None], inputs: tuple[Tensor, ...]) -> float:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # give back what was freed, or it would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _resident("VmRSS")
+        with contender.context():
+            run(*inputs)
+        return _resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return math.nan
+
+
+def _resident(kind: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) * 1024 / 1e6
 
 
 def judge(row: Row, error: float, formula_error: float, dtype: torch.dtype) -> None:

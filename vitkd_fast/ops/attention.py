@@ -75,8 +75,8 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         ValueError: qkv is not (B, N, 3, H, D) with N, H, D >= 1.
         TypeError: qkv's dtype is none of the above.
 
-    Heads wider than 128, and a single token, are computed by torch's scaled_dot_product_attention. The gradient is deterministic and has no
-    second derivative. Source: Vaswani et al. 2017, eq. 1.
+    Heads wider than 128, and a single token, are computed by torch's scaled_dot_product_attention. The gradient is
+    deterministic and has no second derivative. Source: Vaswani et al. 2017, eq. 1.
     """
     _check(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)

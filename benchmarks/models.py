@@ -1,0 +1,117 @@
+"""A whole training step's forward and backward: timm's model as it comes against the same model accelerated.
+
+float32 as it is; bfloat16 and float16 under autocast, the way such models are trained.
+"""
+
+import copy
+import sys
+
+import timm
+import torch
+import torch.nn.functional as F
+from _common import (
+    DTYPES,
+    Contender,
+    Row,
+    compare,
+    copies,
+    dtypes,
+    limits,
+    measure,
+    parser,
+    print_table,
+    record,
+    relative_error,
+)
+from torch import nn
+
+import vitkd_fast
+
+CASES = {  # timm name, what it is built with, batch size on a CPU and on a GPU
+    "deit_tiny 224": ("deit_tiny_patch16_224", {}, 16, 256),
+    "vit_tiny 32/4": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "num_classes": 10}, 64, 1024),
+}
+
+
+def main() -> int:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    measured = limits(dtypes(arguments), arguments)
+    rows: list[Row] = []
+    for name in dtypes(arguments):
+        for case in arguments.cases:
+            rows += run_case(case, name, measured, arguments)
+    compare(rows)
+    print_table(rows, "of GEMM")
+    print(f"record: {record('models', arguments, measured, rows)}")
+    return int(any(row.ours and not row.correct for row in rows))
+
+
+def run_case(case: str, name: str, measured, arguments) -> list[Row]:
+    architecture, settings, *batch = CASES[case]
+    stock = timm.create_model(architecture, **settings).to(arguments.device).train()
+    fast = copy.deepcopy(stock)
+    report = vitkd_fast.accelerate(fast)
+    assert not report.kept, report
+    contenders = [Contender("vitkd accelerated", fast, ours=True), Contender("timm", stock)]
+    size = stock.patch_embed.img_size[0]
+
+    def make(seed: int):
+        images = torch.randn(batch[arguments.device == "cuda"], 3, size, size, device=arguments.device)
+        labels = torch.randint(stock.num_classes, images.shape[:1], device=arguments.device)
+        return images, labels
+
+    inputs = copies(make, arguments.device)
+    step = step_of(DTYPES[name], arguments.device)
+    exact = gradients(copy.deepcopy(stock).double(), inputs[0], torch.float64, arguments.device)
+    errors = [
+        relative_error(gradients(each.function, inputs[0], DTYPES[name], arguments.device), exact)
+        for each in contenders
+    ]
+    flops = flops_of(stock, inputs[0][0])
+    rows = []
+    for each, error in zip(contenders, errors):
+        row = Row(f"{name} {case}", "forward+backward", each.name, each.ours, error=error)
+        row.correct = error <= 2 * errors[1] + 1e-6
+        rows.append((row, each, lambda images, labels, model=each.function: step(model, images, labels)))
+    measure(rows, inputs, arguments)
+    for row, *_ in rows:
+        if row.median:
+            row.gflops = 3 * flops / row.median / 1e3
+            row.share = row.gflops / measured.gemm[name]
+    return [row for row, *_ in rows]
+
+
+def step_of(dtype: torch.dtype, device: str):
+    def step(model: nn.Module, images, labels) -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+
+    return step
+
+
+def gradients(model: nn.Module, batch, dtype: torch.dtype, device: str):
+    """All the gradients of one step as one vector."""
+    images, labels = batch
+    images = images.double() if dtype is torch.float64 else images
+    step_of(dtype, device)(model, images, labels)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def flops_of(model: nn.Module, images) -> int:
+    """Of one forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
