@@ -149,6 +149,9 @@ def test_the_host_reads_from_the_device_at_log_points_only(monkeypatch):
             return _method(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, watched)
+    kd_loss = importlib.import_module("vitkd_fast.ops.kd_loss")  # vitkd_fast.ops.kd_loss is the function
+    assert not kd_loss._is_one(torch.ones((), device="meta"))  # would raise if it looked; only on the CPU does it
+    monkeypatch.setattr(kd_loss, "_is_one", lambda grad: False)
     student = tiny_student()
     student.norm.register_forward_hook(lambda module, args, output: steps.append(1) if module.training else None)
     with Watch():

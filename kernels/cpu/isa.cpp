@@ -12,34 +12,35 @@ namespace vitkd::cpu {
 
 namespace {
 
-// Linux hands out the tiles' state only to a process that asked for it.
-bool tiles_granted() {
+#if defined(__x86_64__)
+bool has_amx() {
 #if defined(VITKD_AMX_EMULATED)
   return true;
-#elif defined(__x86_64__) && defined(__linux__)
+#elif defined(VITKD_HAVE_AMX) && defined(__linux__)  // hands out the tiles' state only to a process that asked for it
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
 }
+#endif
 
 }  // namespace
 
 CpuFacts detect_cpu() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  // every CPU with AVX2 since Haswell has F16C; gcc 12 cannot be asked for it
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // every CPU with AVX2 since Haswell has F16C; gcc 12 cannot be asked for it
+#if defined(VITKD_HAVE_AVX512_BF16)  // the compiler knows it
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-#if defined(VITKD_AMX_EMULATED)
-  const bool amx = avx512_bf16;
 #else
-  const bool amx = avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  const bool avx512_bf16 = false;
 #endif
-  return {avx2, avx512, avx512_bf16, amx && tiles_granted()};
+  return {avx2, avx512, avx512_bf16, avx512_bf16 && has_amx()};
 #else
   return {};
 #endif
@@ -50,13 +51,8 @@ const char* chosen_isa() {
   const struct {
     const char* name;
     bool there;
-  } sets[] = {
-#if defined(VITKD_HAVE_AMX)  // the compiler knew it
-              {"amx", cpu.amx_bf16},
-#endif
-#if defined(VITKD_HAVE_AVX512_BF16)
+  } sets[] = {{"amx", cpu.amx_bf16},
               {"avx512_bf16", cpu.avx512_bf16},
-#endif
               {"avx512", cpu.avx512},
               {"avx2", cpu.avx2},
               {"portable", true}};

@@ -8,11 +8,15 @@
 #include <utility>
 
 #if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__clang__)
+#include <immintrin.h>
+#else
 #pragma GCC diagnostic push  // gcc 12 finds its own _mm512_undefined uninitialised
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
 #endif
 
 namespace vitkd::cpu::VITKD_ISA {

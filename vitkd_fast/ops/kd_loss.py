@@ -156,8 +156,12 @@ class _Mean(torch.autograd.Function):
         if ctx.weight == 1:
             rows = max(len(each) for each in ctx.saved_tensors)
             return *_scaled(ctx, grad / max(rows, 1)), None, None
-        unchanged = grad.device.type == "cpu" and grad.item() == 1
-        return *_scaled(ctx, None if unchanged else grad), None, None
+        return *_scaled(ctx, None if _is_one(grad) else grad), None, None
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Looks only where looking costs nothing: on the CPU, and at a real tensor."""
+    return type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
 
 
 differentiate("kd_loss", _backward, _setup_context)
