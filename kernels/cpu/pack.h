@@ -90,6 +90,16 @@ inline Vec<SumOf<In>> load_operand(const S* p, int64_t count) {
     return load_wide(p, count);
 }
 
+template <class In>
+inline Vec<SumOf<In>> broadcast_operand(In x) {
+  if constexpr (std::is_same_v<In, Pair>) {
+    using Int = Lanes<float>::Int;
+    return (Vec<float>)(Int{} + static_cast<int32_t>(x.bits));  // a float sum would not keep every bit
+  } else {
+    return broadcast(x);
+  }
+}
+
 // Row by row, `width` elements of In each: for sums over channels.
 template <class S, class In>
 void pack_rows(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* out, int64_t width) {
@@ -110,13 +120,20 @@ void pack_across(const S* in, int64_t stride, int64_t rows, int64_t head_dim, Su
   constexpr int64_t lanes = kLanes<T>;
   const int64_t depth = steps<In>(head_dim);
   for (int64_t n = 0; n < columns; n += lanes) {
+    const bool alone = n + 1 >= rows;  // as the class token makes it: one query in a vector of its own
     for (int64_t d = 0; d < depth; d += lanes) {
       Vec<T> block[lanes];
-      for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t row = n + i < rows ? n + i : rows - 1;
-        block[i] = load_operand<S, In>(in + row * stride + d * kSteps<In>, head_dim - d * kSteps<In>);
+      if (alone) {
+        In row[lanes];
+        store_operand(row, load_operand<S, In>(in + (rows - 1) * stride + d * kSteps<In>, head_dim - d * kSteps<In>));
+        for (int64_t i = 0; i < lanes; ++i) block[i] = broadcast_operand(row[i]);
+      } else {
+        for (int64_t i = 0; i < lanes; ++i) {
+          const int64_t row = n + i < rows ? n + i : rows - 1;
+          block[i] = load_operand<S, In>(in + row * stride + d * kSteps<In>, head_dim - d * kSteps<In>);
+        }
+        transpose<T>(block);
       }
-      transpose<T>(block);
       for (int64_t i = 0; i < lanes && d + i < depth; ++i) {
         if constexpr (!std::is_same_v<In, Pair>) block[i] *= scale;
         else if (scale < 0) block[i] = (Vec<T>)((typename Lanes<T>::Int)block[i] ^ int32_t(0x80008000));
