@@ -60,7 +60,8 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
 
     cpu = Library(f"{cxx} -shared", torch_library)
     cpu.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cpu -DVITKD_KEY=CPU") for path in csrc]
-    cpu.objects += [("cxx", path, flags) for path, flags in cpu_kernels(root)]
+    kernels = cpu_kernels(root)
+    cpu.objects += [("cxx", path, flags) for path, flags in kernels]
     found = {"_C_cpu": cpu}
 
     architectures = cuda_architectures(nvcc) if nvcc else []
@@ -80,7 +81,7 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
     python_headers = f"-isystem {sysconfig.get_path('include')} -isystem {pybind_include}"
     facts.objects += [
         ("cxx", root / "csrc/facts.cpp", f"{python_headers} {made}"),
-        *(("cxx", path, flags) for path, flags in cpu_kernels(root) if path.name == "isa.cpp"),
+        *(("cxx", path, flags) for path, flags in kernels if path.name == "isa.cpp"),
     ]
     return found | {"_facts": facts}
 

@@ -229,6 +229,24 @@ def _plain(arguments: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**(vars(arguments) | {"graph": False}))
 
 
+def start(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, Limits]:
+    """Read the command line, fix threads and seed, and measure the machine."""
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    return arguments, limits(dtypes(arguments), arguments)
+
+
+def finish(benchmark: str, arguments: argparse.Namespace, measured: Limits, rows: list[Row], share_of: str) -> int:
+    """Compare, print and record; the exit status: 1 if ours was wrong anywhere."""
+    compare(rows)
+    print_table(rows, share_of)
+    gemm = ", ".join(f"{name} {rate:.0f} GF/s" for name, rate in measured.gemm.items())
+    print(f"limits measured in this run: GEMM {gemm}; copy {measured.copy:.0f} GB/s; threads {arguments.threads}")
+    print(f"record: {record(benchmark, arguments, measured, rows)}")
+    return int(any(row.ours and not row.correct for row in rows))
+
+
 def print_table(rows: Iterable[Row], share_of: str) -> None:
     columns = f"{'case':<24}{'direction':<18}{'contender':<26}{'median µs':>11}{'20-80 %':>19}{'GF/s':>9}{'GB/s':>8}"
     print(f"{columns}{share_of:>9}{'extra MB':>10}{'error':>9}{'speed-up':>10}")
@@ -257,7 +275,7 @@ def record(benchmark: str, arguments: argparse.Namespace, measured: Limits, rows
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "machine": machine,
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "out"},
         "limits": asdict(measured),
         "rows": [asdict(row) for row in rows],
     }

@@ -11,18 +11,16 @@ from _common import (
     DTYPES,
     Contender,
     Row,
-    compare,
     copies,
     dtypes,
+    finish,
     forward_backward_of,
     forward_of,
     judge,
-    limits,
     measure,
     parser,
-    print_table,
-    record,
     relative_error,
+    start,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -56,20 +54,12 @@ SDPA = {
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--shapes", nargs="+", type=shape, metavar="B,H,N,D", help="of the issue's tables by default")
-    arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    measured = limits(dtypes(arguments), arguments)
+    arguments, measured = start(options)
     rows: list[Row] = []
     for name in dtypes(arguments):
         for size in arguments.shapes or SHAPES[arguments.device]:
             rows += run_case(size, name, measured, arguments)
-    compare(rows)
-    print_table(rows, "of GEMM" if arguments.device == "cpu" else "of copy")
-    gemm = ", ".join(f"{name} {rate:.0f} GF/s" for name, rate in measured.gemm.items())
-    print(f"limits measured in this run: GEMM {gemm}; copy {measured.copy:.0f} GB/s; threads {arguments.threads}")
-    print(f"record: {record('attention', arguments, measured, rows)}")
-    return int(any(row.ours and not row.correct for row in rows))
+    return finish("attention", arguments, measured, rows, "of GEMM" if arguments.device == "cpu" else "of copy")
 
 
 def shape(text: str) -> tuple[int, ...]:

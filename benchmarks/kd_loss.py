@@ -8,18 +8,16 @@ from _common import (
     DTYPES,
     Contender,
     Row,
-    compare,
     copies,
     dtypes,
+    finish,
     forward_backward_of,
     forward_of,
     judge,
-    limits,
     measure,
     parser,
-    print_table,
-    record,
     relative_error,
+    start,
 )
 
 from vitkd_fast import backends
@@ -39,20 +37,13 @@ def main() -> int:
         "--shapes", nargs="+", type=shape, metavar="ROWS,CLASSES", help="those of the issues by default"
     )
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=["kl"])
-    arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    measured = limits(dtypes(arguments), arguments)
+    arguments, measured = start(options)
     rows: list[Row] = []
     for name in dtypes(arguments):
         for kind in arguments.kinds:
             for size in arguments.shapes or SHAPES[arguments.device]:
                 rows += run_case(size, name, kind, measured, arguments)
-    compare(rows)
-    print_table(rows, "of copy")
-    print(f"limits measured in this run: copy {measured.copy:.0f} GB/s; threads {arguments.threads}")
-    print(f"record: {record('kd_loss', arguments, measured, rows)}")
-    return int(any(row.ours and not row.correct for row in rows))
+    return finish("kd_loss", arguments, measured, rows, "of copy")
 
 
 def shape(text: str) -> tuple[int, ...]:

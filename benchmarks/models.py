@@ -13,19 +13,20 @@ from _common import (
     DTYPES,
     Contender,
     Row,
-    compare,
     copies,
     dtypes,
-    limits,
+    finish,
     measure,
     parser,
-    print_table,
-    record,
     relative_error,
+    start,
 )
 from torch import nn
 
 import vitkd_fast
+from vitkd_fast.config import Config
+from vitkd_fast.models import image_spec
+from vitkd_fast.report import model_facts
 
 CASES = {  # timm name, what it is built with, batch size on a CPU and on a GPU
     "deit_tiny 224": ("deit_tiny_patch16_224", {}, 16, 256),
@@ -36,18 +37,12 @@ CASES = {  # timm name, what it is built with, batch size on a CPU and on a GPU
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    measured = limits(dtypes(arguments), arguments)
+    arguments, measured = start(options)
     rows: list[Row] = []
     for name in dtypes(arguments):
         for case in arguments.cases:
             rows += run_case(case, name, measured, arguments)
-    compare(rows)
-    print_table(rows, "of GEMM")
-    print(f"record: {record('models', arguments, measured, rows)}")
-    return int(any(row.ours and not row.correct for row in rows))
+    return finish("models", arguments, measured, rows, "of GEMM")
 
 
 def run_case(case: str, name: str, measured, arguments) -> list[Row]:
@@ -71,7 +66,7 @@ def run_case(case: str, name: str, measured, arguments) -> list[Row]:
         relative_error(gradients(each.function, inputs[0], DTYPES[name], arguments.device), exact)
         for each in contenders
     ]
-    flops = flops_of(stock, inputs[0][0])
+    flops = model_facts(stock, image_spec(stock, Config()), case).flops * len(inputs[0][0])  # of one forward pass
     rows = []
     for each, error in zip(contenders, errors):
         row = Row(f"{name} {case}", "forward+backward", each.name, each.ours, error=error)
@@ -102,15 +97,6 @@ def gradients(model: nn.Module, batch, dtype: torch.dtype, device: str):
     images = images.double() if dtype is torch.float64 else images
     step_of(dtype, device)(model, images, labels)
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-def flops_of(model: nn.Module, images) -> int:
-    """Of one forward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    return counter.get_total_flops()
 
 
 if __name__ == "__main__":

@@ -131,6 +131,12 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
   });
 }
 
+// What scores are multiplied by on their way into exp2: floats took scale * log2(e) into the query, pairs its sign alone.
+template <class In, class T = SumOf<In>>
+T exponent_factor(T scale) {
+  return kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
+}
+
 // Where the q, k and v of a head begin.
 template <class S, class Args>
 const S* head_of(const Args& args, int64_t index) {
@@ -191,8 +197,7 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
   pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
   pack_down(value, row_stride, tokens, head_dim, value_down, width);
 
-  // floats take scale * log2(e) into the query, pairs into the exponent
-  const T scale = T(args.scale * kLog2E), factor = kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
+  const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
   for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     if (first / kStripLanes % parts != part) return;
     pack_across(query + first * row_stride, row_stride, rows, head_dim, scale, query_across, columns);
@@ -248,7 +253,7 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
   pack_rows(value, row_stride, tokens, head_dim, value_rows, key_width);
 
-  const T scale = T(args.scale * kLog2E), factor = pairs ? (scale < 0 ? -scale : scale) : T(1);
+  const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
   for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     const S* queries = query + first * row_stride;
     const O* grads_out = grad + first * grad_stride;

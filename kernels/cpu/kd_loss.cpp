@@ -10,8 +10,6 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-double log_of(double x) { return __builtin_log(x); }
-
 // Sums go round four vectors, so that a thousand classes make as many partial sums as hide the latency of an addition
 // and lose little to rounding.
 template <class T>
@@ -20,7 +18,8 @@ struct Sum {
   T total() const { return sum<T>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 };
 
-// body(first class, part of a Sum, how many classes) for every vector of a row; all are whole but the last.
+// body(first class, part of a Sum, how many classes) for every vector of a row; all are whole but the last, and say so
+// by a constant, which leaves nothing of the care that the last one takes.
 template <class T, class Body>
 inline void sweep(int64_t classes, Body body) {
   constexpr int64_t lanes = kLanes<T>;
@@ -81,8 +80,7 @@ struct Softmaxes {
 // before anything is scaled, for a scaled logit of 1e4 would already be 5e-4 off.
 template <class S, class T, class Count>
 inline Vec<T> below(const S* logits, int64_t c, Count count, T peak) {
-  if constexpr (std::is_same_v<Count, int64_t>) return first_lanes<T>(load_wide(logits + c, count) - peak, count, T(0));
-  else return load_wide(logits + c) - peak;
+  return first_lanes<T>(load_wide(logits + c, count) - peak, count, T(0));
 }
 
 template <class S, class T = Compute<S>>
@@ -90,11 +88,7 @@ T largest(const S* logits, int64_t classes) {
   Vec<T> most[4];
   for (Vec<T>& each : most) each = broadcast(T(-__builtin_inf()));
   sweep<T>(classes, [&](int64_t c, int part, auto count) {
-    if constexpr (std::is_same_v<decltype(count), int64_t>) {
-      most[part] = maximum<T>(first_lanes<T>(load_wide(logits + c, count), count, T(-__builtin_inf())), most[part]);
-    } else {
-      most[part] = maximum<T>(load_wide(logits + c), most[part]);
-    }
+    most[part] = maximum<T>(first_lanes<T>(load_wide(logits + c, count), count, T(-__builtin_inf())), most[part]);
   });
   return max<T>(maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3])));
 }
@@ -110,8 +104,7 @@ Softmaxes<Compute<S>> softmaxes(const Row<S>& row, bool reverse) {
   Sum<T> sum_s, sum_t, weighed;
   sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
     const Vec<T> s = below(row.s, c, count, result.peak_s), t = below(row.t, c, count, result.peak_t);
-    Vec<T> q = exp2(s * scale), p = exp2(t * scale);
-    if constexpr (std::is_same_v<decltype(count), int64_t>) q = first_lanes<T>(q, count, T(0)), p = first_lanes<T>(p, count, T(0));
+    const Vec<T> q = first_lanes<T>(exp2(s * scale), count, T(0)), p = first_lanes<T>(exp2(t * scale), count, T(0));
     store(row.q + c, q);
     store(row.p + c, p);
     sum_s.parts[part] += q;
@@ -121,7 +114,7 @@ Softmaxes<Compute<S>> softmaxes(const Row<S>& row, bool reverse) {
   result.sum_s = sum_s.total();
   result.sum_t = sum_t.total();
   result.weighed = weighed.total();
-  result.log_ratio = T(log_of(double(result.sum_s) / double(result.sum_t)));
+  result.log_ratio = T(__builtin_log(double(result.sum_s) / double(result.sum_t)));
   return result;
 }
 
@@ -179,9 +172,7 @@ Compute<S> difference(const Row<S>& row, bool squared) {
   const Vec<T> one = broadcast(T(1));
   Sum<T> total;
   sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
-    Vec<T> d;
-    if constexpr (std::is_same_v<decltype(count), int64_t>) d = load_wide(row.s + c, count) - load_wide(row.t + c, count);
-    else d = load_wide(row.s + c) - load_wide(row.t + c);
+    const Vec<T> d = load_wide(row.s + c, count) - load_wide(row.t + c, count);
     const Vec<T> sign = d > T(0) ? one : (d < T(0) ? -one : Vec<T>{});
     total.parts[part] += squared ? d * d : d * sign;
     const Vec<T> grad = (squared ? d * T(2) : sign) * factor;

@@ -263,6 +263,7 @@ inline Vec<T> first_lanes(Vec<T> v, int64_t count, T rest, std::integer_sequence
 // The first `count` lanes; the others become `rest`.
 template <class T>
 inline Vec<T> first_lanes(Vec<T> v, int64_t count, T rest) {
+  if (count >= kLanes<T>) return v;
   return first_lanes<T>(v, count, rest, std::make_integer_sequence<int64_t, kLanes<T>>{});
 }
 

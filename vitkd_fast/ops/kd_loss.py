@@ -145,18 +145,18 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, kind, temperature):
         # float16 might lose a gradient divided by B to underflow, before a loss scale makes up for it
-        ctx.weight = 1 / max(len(student), 1) if student.dtype is not torch.float16 else 1.0
+        share = 1 / max(len(student), 1)
+        weight = 1.0 if student.dtype is torch.float16 else share
+        ctx.rest = share / weight
         wanted = ctx.needs_input_grad[:2]
-        rows, *grads = torch.ops.vitkd.kd_loss(student, teacher, kind, temperature, *wanted, ctx.weight)
+        rows, *grads = torch.ops.vitkd.kd_loss(student, teacher, kind, temperature, *wanted, weight)
         ctx.save_for_backward(*grads)
         return rows.mean()
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.weight == 1:
-            rows = max(len(each) for each in ctx.saved_tensors)
-            return *_scaled(ctx, grad / max(rows, 1)), None, None
-        return *_scaled(ctx, None if _is_one(grad) else grad), None, None
+        unchanged = ctx.rest == 1 and _is_one(grad)
+        return *_scaled(ctx, None if unchanged else grad * ctx.rest), None, None
 
 
 def _is_one(grad: Tensor) -> bool:
