@@ -52,7 +52,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 __device__ __forceinline__ float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
-__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+template <class Value>
+__device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
@@ -133,6 +134,26 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Most shared memory of a block, in bytes, on the current device.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// How many blocks the current device runs at once; at least 1.
+template <class... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int block, size_t shared_bytes) {
+  int device = 0, processors = 0, each = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block, shared_bytes);
+  const int64_t blocks = int64_t{processors} * each;
+  return blocks > 0 ? blocks : 1;  // an error comes back at the launch
+}
+
 // Queues kernel<<<grid, block>>>; null, or what went wrong.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, void* stream,
@@ -151,3 +172,36 @@ const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
 }  // namespace vitkd::cuda
 
 #endif
+
+namespace vitkd::cuda {
+
+// The halves of what `pack` packed.
+template <class T>
+__device__ __forceinline__ float low(uint32_t both) {
+  return to_float(T{static_cast<uint16_t>(both)});
+}
+template <class T>
+__device__ __forceinline__ float high(uint32_t both) {
+  return to_float(T{static_cast<uint16_t>(both >> 16)});
+}
+
+// Two 16x8 accumulators side by side lie in the lanes exactly as the 16x16 left operand of mma does.
+template <class T>
+__device__ __forceinline__ void left_operand(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack<T>(left[0], left[1]);
+  a[1] = pack<T>(left[2], left[3]);
+  a[2] = pack<T>(right[0], right[1]);
+  a[3] = pack<T>(right[2], right[3]);
+}
+
+// Over the four lanes that hold a row of an accumulator.
+__device__ __forceinline__ float quad_max(float value) {
+  value = fmaxf(value, shuffle_xor(value, 1));
+  return fmaxf(value, shuffle_xor(value, 2));
+}
+__device__ __forceinline__ float quad_sum(float value) {
+  value += shuffle_xor(value, 1);
+  return value + shuffle_xor(value, 2);
+}
+
+}  // namespace vitkd::cuda

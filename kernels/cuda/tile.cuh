@@ -130,10 +130,8 @@ __device__ __forceinline__ void multiply(float (&product)[D / 8][4], const float
   } else {
 #pragma unroll
     for (int tile = 0; tile < kTiles; tile += 2) {
-      // Two 16x8 accumulators side by side lie in the lanes exactly as the 16x16 left operand does.
-      const uint32_t a_registers[4] = {pack<T>(a[tile][0], a[tile][1]), pack<T>(a[tile][2], a[tile][3]),
-                                       pack<T>(a[tile + 1][0], a[tile + 1][1]),
-                                       pack<T>(a[tile + 1][2], a[tile + 1][3])};
+      uint32_t a_registers[4];
+      left_operand<T>(a_registers, a[tile], a[tile + 1]);
 #pragma unroll
       for (int n = 0; n < D / 8; n += 2) {
         uint32_t b_registers[4];

@@ -33,6 +33,13 @@ inline float shuffle(float value, int lane) {
   return mine.result;
 }
 inline float shuffle_xor(float value, int mask) { return shuffle(value, threadIdx.x % kWarp ^ mask); }
+inline uint32_t shuffle_xor(uint32_t value, int mask) {
+  float bits;
+  std::memcpy(&bits, &value, 4);
+  bits = shuffle_xor(bits, mask);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 
 // ex2.approx.ftz: exact for whole numbers, else 2 ulp off, here always and up or down by a bit of x; no denormals.
 inline float fast_exp2(float x) {
@@ -156,6 +163,12 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     }
   });
   std::memcpy(c, mine.c, sizeof mine.c);
+}
+
+inline int max_shared_bytes() { return static_cast<int>(simt::max_shared); }
+template <class... Parameters>
+int64_t resident_blocks(void (*)(Parameters...), int, size_t) {
+  return 2;  // so that few heads show what a block does between two of them
 }
 
 template <class... Parameters, class... Arguments>

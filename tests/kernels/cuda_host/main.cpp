@@ -109,6 +109,7 @@ int main() {
   while (std::cin >> operation) {
     simt::schedule = static_cast<simt::Schedule>(word<int>());
     simt::random_state = 1;
+    simt::max_shared = word<size_t>();
     if (operation == "attention") attention();
     else if (operation == "attention_backward") attention_backward();
     else if (operation == "kd_loss") kd_loss();

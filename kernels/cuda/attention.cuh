@@ -1,0 +1,44 @@
+// What the two ways to compute an attention share.
+#pragma once
+
+#include <initializer_list>
+
+#include "../kernels.h"
+#include "device.cuh"
+
+namespace vitkd::cuda {
+
+enum Part { kQuery, kKey, kValue };
+
+constexpr double kLog2E = 1.4426950408889634;  // exp(x) is exp2(kLog2E * x)
+
+// Whether every row starts on 16 bytes and is a whole number of them.
+inline bool fits_vectors(size_t element_bytes, std::initializer_list<const void*> pointers,
+                         std::initializer_list<int64_t> strides) {
+  for (const void* pointer : pointers)
+    if (reinterpret_cast<uintptr_t>(pointer) % 16) return false;
+  for (int64_t stride : strides)
+    if (stride * element_bytes % 16) return false;
+  return true;
+}
+inline bool fits_vectors(size_t element_bytes, const Attention& p) {
+  const auto& s = p.qkv_stride;
+  return fits_vectors(element_bytes, {p.qkv, p.out}, {s[0], s[1], s[2], s[3], p.head_dim});
+}
+inline bool fits_vectors(size_t element_bytes, const AttentionBackward& p) {
+  const auto& s = p.qkv_stride;
+  const auto& g = p.grad_out_stride;
+  return fits_vectors(element_bytes, {p.qkv, p.grad_out, p.grad_qkv},
+                      {s[0], s[1], s[2], s[3], g[0], g[1], g[2], p.head_dim});
+}
+
+// Whole heads in shared memory (attention_head.cu): 16-bit elements, head_dim 32 and 64, few tokens, aligned rows.
+// False: not for this problem. True: queued, or `error` says what went wrong.
+bool queue_head(const Attention&, void* stream, const char*& error);
+bool queue_head(const AttentionBackward&, void* stream, const char*& error);
+
+// Tiles that pass through shared memory (attention_streamed.cu): everything else. Null, or what went wrong.
+const char* queue_streamed(const Attention&, void* stream);
+const char* queue_streamed(const AttentionBackward&, void* stream);
+
+}  // namespace vitkd::cuda

@@ -1,0 +1,405 @@
+// Self-attention of ViT-short heads and its gradient: a thread block has all of a head in shared memory and a warp whole
+// rows of its scores in registers, so that the softmax takes one pass, nothing is read twice and nothing is saved for the
+// backward. Only what a 16x16 tile needs is padded. See README.md.
+#include "attention.cuh"
+#include "head.cuh"
+
+namespace vitkd::cuda {
+namespace {
+
+template <class T, class Problem>
+__device__ HeadRows<const T> rows_of(const Problem& p, Part part, int64_t owner) {
+  const auto& stride = p.qkv_stride;
+  const int64_t batch = owner / p.heads, head = owner % p.heads;
+  return {static_cast<const T*>(p.qkv) + batch * stride[0] + part * stride[2] + head * stride[3], stride[1]};
+}
+
+// A lane has two rows of a strip's scores, 8 rows apart: elements 0, 1 and 2, 3 of every accumulator.
+template <int kTiles>
+using Scores = float[kTiles][2][4];
+
+// Columns from `columns` on, which are after the first kFull tiles, weigh nothing.
+template <int kFull, int kTiles>
+__device__ __forceinline__ void hide_from(int columns, Scores<kTiles>& scores) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 8 * kFull; i < 8 * kTiles; ++i)
+    if (i / 4 * 8 + accumulator_column(lane, i % 4) >= columns) scores[i / 8][i / 4 % 2][i % 4] = -kInfinity;
+}
+
+template <int kTiles>
+__device__ __forceinline__ float largest(const Scores<kTiles>& scores, int row) {
+  float peak = -kInfinity;
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const float (&four)[4] = scores[i / 2][i % 2];
+    peak = fmaxf(peak, fmaxf(four[2 * row], four[2 * row + 1]));
+  }
+  return quad_max(peak);
+}
+
+// The largest score must be the largest logit: a negative scale goes into the queries' signs.
+__device__ __forceinline__ uint32_t sign_of(float scale_log2) { return scale_log2 < 0 ? 0x80008000u : 0; }
+
+template <int D, int kTiles>
+struct ForwardShape {
+  static constexpr int kRows = 16 * kTiles;
+  static constexpr int kMatrix = kRows * D;
+  // Strips of 16 queries per warp, one after the other, and warps per head. 8 warps of an SM's 16 may have 255 registers
+  // each, 12 168, 16 128; 13 warps count as 16, because a quarter of the SM holds 4 of them.
+  static constexpr int kStrips = kTiles > 13 ? 3 : kTiles > 7 ? 2 : 1;
+  static constexpr int kWarps = (kTiles + kStrips - 1) / kStrips;
+  static constexpr int kHeads = kTiles > 5 ? 1 : 8 / kTiles;  // per block
+  static constexpr int kHeadThreads = kWarps * kWarp;
+  static constexpr int kThreads = kHeads * kHeadThreads;
+  static constexpr size_t kBytes = size_t{2} * kHeads * 3 * kMatrix;
+  // Scores that are in registers at a time: a row of up to 10 tiles, else half of it.
+  static constexpr int kPart = kTiles > 10 ? (kTiles + 1) / 2 : kTiles;
+};
+
+// Adds a part of the keys and values, tiles [kFirst, kFirst + kPart) of the head, to a strip's softmax and output.
+template <class T, int D, int kBelow, int kFirst, int kPart>
+__device__ __forceinline__ void add_part(float (&out)[1][D / 8][4], float (&shift)[2], float (&sum)[2],
+                                         const SharedStrip<T, D>& strip, const T* keys, const T* values, int tokens,
+                                         float scale_log2) {
+  constexpr int kSure = kBelow + 1 - kFirst;
+  const int tiles = (tokens + 15) / 16 - kFirst;
+  const float factor = fabsf(scale_log2);
+  Scores<kPart> scores = {};
+  multiply_transposed<T, D, kSure>(scores, strip, keys + kFirst * 16 * D, tiles, sign_of(scale_log2));
+  hide_from<(kSure > 0 ? kSure - 1 : 0)>(tokens - kFirst * 16, scores);
+  uint32_t weights[kPart][1][4];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float peak = largest(scores, row) * factor;
+    const float before = shift[row], now = fmaxf(fmaxf(before, peak), kLowest);  // exp2(-inf - now) is 0, not NaN
+    shift[row] = now;
+    if (kFirst > 0) {
+      const float correction = fast_exp2(before - now);
+      sum[row] *= correction;
+#pragma unroll
+      for (int i = 0; i < D / 4; ++i) out[0][i / 2][2 * row + i % 2] *= correction;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kPart; ++i) {
+      const float (&four)[4] = scores[i / 2][i % 2];
+      const float left = fast_exp2(fmaf(four[2 * row], factor, -now));
+      const float right = fast_exp2(fmaf(four[2 * row + 1], factor, -now));
+      sum[row] += left;
+      sum[row] += right;
+      weights[i / 2][0][i % 2 * 2 + row] = pack<T>(left, right);
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < kPart; ++tile) {
+    if (tile >= kSure && tile >= tiles) break;
+    multiply<T, D>(out, weights[tile], values, (kFirst + tile) * 16);
+  }
+}
+
+// A block is one head, or several short ones. The head has more than 16 * kBelow tokens, and at most 16 * kTiles.
+template <class T, int D, int kBelow, int kTiles>
+__global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
+    attention_head_forward_kernel(const Attention p, const float scale_log2) {
+  using S = ForwardShape<D, kTiles>;
+  const int thread = threadIdx.x % S::kHeadThreads, in_block = threadIdx.x / S::kHeadThreads;
+  const int tokens = static_cast<int>(p.tokens);
+  const int64_t owner = int64_t{blockIdx.x} * S::kHeads + in_block;
+  const bool present = owner < p.batch * p.heads;
+  T* const queries = shared_memory<T>() + in_block * 3 * S::kMatrix;
+  T *const keys = queries + S::kMatrix, *const values = keys + S::kMatrix;
+  if (present) {
+    bring<T, D, S::kRows, S::kHeadThreads>(queries, rows_of<T>(p, kQuery, owner), tokens, thread);
+    bring<T, D, S::kRows, S::kHeadThreads>(keys, rows_of<T>(p, kKey, owner), tokens, thread);
+    bring<T, D, S::kRows, S::kHeadThreads>(values, rows_of<T>(p, kValue, owner), tokens, thread);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  if (!present) return;
+
+  const int64_t batch = owner / p.heads, head = owner % p.heads;
+  T* const data = static_cast<T*>(p.out) + (batch * p.tokens * p.heads + head) * D;
+#pragma unroll 1
+  for (int first = thread / kWarp * 16; first < tokens; first += S::kWarps * 16) {
+    float out[1][D / 8][4] = {}, shift[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
+    const SharedStrip<T, D> strip{queries, first};
+    add_part<T, D, kBelow, 0, S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
+    if constexpr (S::kPart < kTiles)
+      add_part<T, D, kBelow, S::kPart, kTiles - S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
+    const float inverse[2] = {1 / quad_sum(sum[0]), 1 / quad_sum(sum[1])};
+    store_strip<T, D>(HeadRows<T>{data, p.heads * D}, first, tokens, out[0], inverse);
+  }
+}
+
+template <int D, int kTiles>
+struct BackwardShape {
+  static constexpr int kRows = 16 * kTiles;
+  static constexpr int kMatrix = kRows * D;
+  // Strips of 16 queries, and of 16 keys, per warp. Two share what is read of the other side.
+  static constexpr int kStrips = kTiles == 7 || kTiles == 13 ? 2 : 1;
+  static constexpr int kWarps = (kTiles + kStrips - 1) / kStrips;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr size_t kBytes = size_t{2} * (4 * kMatrix + kRows * kWeightPitch<kTiles>);
+  // Blocks per SM: by Hopper's 227 KiB of shared memory, and by registers, of which 16 warps get 128 each, 8 255.
+  static constexpr int kByBytes = static_cast<int>(227 * 1024 / (kBytes + 1024));
+  static constexpr int kByRegisters = (kStrips == 2 ? 8 : 16) / kWarps;
+  static constexpr int kBlocks = kByRegisters == 0 ? 1 : kByBytes < kByRegisters ? kByBytes : kByRegisters;
+};
+
+// What a warp does for its strips of one head. Rows are queries where it has weights and their gradients in registers, and
+// keys where it takes columns of them from shared memory: nothing else N x N is there.
+template <class T, int D, int kBelow, int kTiles>
+struct HeadBackward {
+  using S = BackwardShape<D, kTiles>;
+  static constexpr int kPitch = kWeightPitch<kTiles>;
+  using Grads = float[S::kStrips][D / 8][4];
+
+  const int tokens;
+  const float scale_log2;
+  T *const queries, *const keys, *const values, *const grads, *const exchanged;
+
+  __device__ int tiles() const { return (tokens + 15) / 16; }
+  __device__ static bool beyond(int tile, int tiles) { return tile > kBelow && tile >= tiles; }
+  // The first row of a strip; a warp without a second strip repeats its first, for nothing.
+  __device__ int first(int strip) const {
+    const int own = threadIdx.x / kWarp * 16, other = own + strip * S::kWarps * 16;
+    return other < tokens ? other : own;
+  }
+  __device__ bool present(int strip) const {
+    return static_cast<int>(threadIdx.x / kWarp + strip * S::kWarps) * 16 < tokens;
+  }
+  // A pair of this lane's weights: i is 0 to 3 as in a left operand.
+  __device__ uint32_t* pair(int strip, int tile, int i) const {
+    const int lane = threadIdx.x % kWarp;
+    T* const to = exchanged + (first(strip) + lane / 4 + i % 2 * 8) * kPitch + tile * 16 + i / 2 * 8 + lane % 4 * 2;
+    return reinterpret_cast<uint32_t*>(to);
+  }
+
+  // The weights of a strip's queries, into `exchanged`.
+  __device__ void weigh(int strip, const Strip<D>& my_queries) const {
+    const int lane = threadIdx.x % kWarp;
+    const float factor = fabsf(scale_log2);
+    Scores<kTiles> scores = {};
+    multiply_transposed<T, D, kBelow + 1>(scores, my_queries, keys, tiles(), sign_of(scale_log2));
+    hide_from<kBelow>(tokens, scores);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float shift = largest(scores, row) * factor;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        float& score = scores[i / 4][i / 2 % 2][2 * row + i % 2];
+        score = fast_exp2(fmaf(score, factor, -shift));
+        sum += score;
+      }
+      const float inverse = 1 / quad_sum(sum);
+      const bool inside = first(strip) + lane / 4 + 8 * row < tokens;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        if (beyond(i / 2, tiles())) break;
+        const float (&four)[4] = scores[i / 2][i % 2];
+        const uint32_t both = pack<T>(four[2 * row] * inverse, four[2 * row + 1] * inverse);
+        *pair(strip, i / 2, i % 2 * 2 + row) = inside ? both : 0;
+      }
+    }
+  }
+
+  // The gradients of a strip's scores, but for `scale`: weight * (its gradient - delta), delta the row's mean of them.
+  __device__ void differentiate(uint32_t (&grad_scores)[kTiles][S::kStrips][4], int strip) const {
+    Scores<kTiles> grad_weights = {};
+    multiply_transposed<T, D, kBelow + 1>(grad_weights, SharedStrip<T, D>{grads, first(strip)}, values, tiles());
+    float delta[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      if (beyond(i / 4, tiles())) break;
+      const int row = i % 2;
+      const float (&four)[4] = grad_weights[i / 4][i / 2 % 2];
+      const uint32_t both = *pair(strip, i / 4, i % 4);
+      delta[row] = fmaf(low<T>(both), four[2 * row], delta[row]);
+      delta[row] = fmaf(high<T>(both), four[2 * row + 1], delta[row]);
+    }
+    delta[0] = quad_sum(delta[0]);
+    delta[1] = quad_sum(delta[1]);
+    __syncwarp();  // or the weights would stay in registers, which are not enough for that
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      if (beyond(i / 4, tiles())) break;
+      const int row = i % 2;
+      const float (&four)[4] = grad_weights[i / 4][i / 2 % 2];
+      const uint32_t both = *pair(strip, i / 4, i % 4);
+      grad_scores[i / 4][strip][i % 4] = pack<T>(low<T>(both) * (four[2 * row] - delta[row]),
+                                                 high<T>(both) * (four[2 * row + 1] - delta[row]));
+    }
+  }
+
+  // product += (this warp's columns of `exchanged`)^T matrix
+  __device__ void multiply_columns(Grads& product, const T* matrix) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (beyond(tile, tiles())) break;
+      uint32_t columns[S::kStrips][4];
+#pragma unroll
+      for (int strip = 0; strip < S::kStrips; ++strip)
+        load_columns<T, kTiles>(columns[strip], exchanged, tile * 16, first(strip));
+      multiply<T, D>(product, columns, matrix, tile * 16);
+    }
+  }
+
+  __device__ void store(const HeadRows<T>& to, const Grads& product, float scale) const {
+    const float factor[2] = {scale, scale};
+#pragma unroll
+    for (int strip = 0; strip < S::kStrips; ++strip)
+      if (present(strip)) store_strip<T, D>(to, first(strip), tokens, product[strip], factor);
+  }
+};
+
+// A block works through heads: the next head's rows arrive while this one's last gradients are computed.
+template <class T, int D, int kBelow, int kTiles>
+__global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardShape<D, kTiles>::kBlocks)
+    attention_head_backward_kernel(const AttentionBackward p, const float scale_log2) {
+  using S = BackwardShape<D, kTiles>;
+  T* const shared = shared_memory<T>();
+  const HeadBackward<T, D, kBelow, kTiles> my{static_cast<int>(p.tokens), scale_log2,
+                                              shared, shared + S::kMatrix, shared + 2 * S::kMatrix,
+                                              shared + 3 * S::kMatrix, shared + 4 * S::kMatrix};
+  const int64_t heads = p.batch * p.heads;
+  const float scale = static_cast<float>(p.scale);
+  auto bring_part = [&](T* matrix, Part part, int64_t owner) {
+    if (owner < heads) bring<T, D, S::kRows, S::kThreads>(matrix, rows_of<T>(p, part, owner), my.tokens, threadIdx.x);
+  };
+  auto bring_grads = [&](int64_t owner) {
+    if (owner >= heads) return;
+    const auto& stride = p.grad_out_stride;
+    const T* data = static_cast<const T*>(p.grad_out) + owner / p.heads * stride[0] + owner % p.heads * stride[2];
+    bring<T, D, S::kRows, S::kThreads>(my.grads, HeadRows<const T>{data, stride[1]}, my.tokens, threadIdx.x);
+  };
+  auto grad_rows = [&](Part part, int64_t owner) {
+    const int64_t width = p.heads * D, batch = owner / p.heads, head = owner % p.heads;
+    T* data = static_cast<T*>(p.grad_qkv) + (batch * p.tokens * 3 + part) * width + head * D;
+    return HeadRows<T>{data, 3 * width};
+  };
+  Strip<D> my_queries[S::kStrips];
+  auto load_queries = [&](int64_t owner) {
+    if (owner >= heads) return;
+#pragma unroll
+    for (int strip = 0; strip < S::kStrips; ++strip)
+      if (my.present(strip)) my_queries[strip].load(rows_of<T>(p, kQuery, owner), my.first(strip), my.tokens);
+  };
+
+  bring_part(my.keys, kKey, blockIdx.x);
+  bring_part(my.values, kValue, blockIdx.x);
+  bring_grads(blockIdx.x);
+  copy_async_commit();
+  load_queries(blockIdx.x);
+#pragma unroll 1
+  for (int64_t owner = blockIdx.x; owner < heads; owner += gridDim.x) {
+    const int64_t next = owner + gridDim.x;
+    copy_async_wait<0>();
+    __syncthreads();  // keys, values, grads are here; nobody reads the last head's queries any more
+    bring_part(my.queries, kQuery, owner);
+    copy_async_commit();
+    uint32_t grad_scores[kTiles][S::kStrips][4] = {};
+#pragma unroll
+    for (int strip = 0; strip < S::kStrips; ++strip) {
+      if (!my.present(strip)) continue;
+      my.weigh(strip, my_queries[strip]);
+      my.differentiate(grad_scores, strip);
+    }
+    __syncthreads();  // all weights are written; nobody reads the values any more
+    bring_part(my.values, kValue, next);
+    copy_async_commit();
+    if (my.present(0)) {
+      float grad_value[S::kStrips][D / 8][4] = {};
+      my.multiply_columns(grad_value, my.grads);
+      my.store(grad_rows(kValue, owner), grad_value, 1);
+      float grad_query[S::kStrips][D / 8][4] = {};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (my.beyond(tile, my.tiles())) break;
+        multiply<T, D>(grad_query, grad_scores[tile], my.keys, tile * 16);
+      }
+      my.store(grad_rows(kQuery, owner), grad_query, scale);
+    }
+    __syncthreads();  // nobody reads weights, keys or grads any more
+    bring_part(my.keys, kKey, next);
+    bring_grads(next);
+    copy_async_commit();
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles * S::kStrips; ++i) {
+      const int tile = i / 4 % kTiles, strip = i / 4 / kTiles;
+      if (my.present(strip) && !my.beyond(tile, my.tiles())) *my.pair(strip, tile, i % 4) = grad_scores[tile][strip][i % 4];
+    }
+    copy_async_wait<2>();
+    __syncthreads();  // all scores' gradients are written; the queries are here
+    load_queries(next);
+    if (my.present(0)) {
+      float grad_key[S::kStrips][D / 8][4] = {};
+      my.multiply_columns(grad_key, my.queries);
+      my.store(grad_rows(kKey, owner), grad_key, scale);
+    }
+  }
+  copy_async_wait<0>();
+}
+
+template <class T, int D, int kBelow, int kTiles>
+bool queue(const Attention& p, float scale_log2, void* stream, const char*& error) {
+  using S = ForwardShape<D, kTiles>;
+  if (S::kBytes > static_cast<size_t>(max_shared_bytes())) return false;
+  const int64_t blocks = (p.batch * p.heads + S::kHeads - 1) / S::kHeads;
+  error = launch(attention_head_forward_kernel<T, D, kBelow, kTiles>, blocks, S::kThreads, S::kBytes, stream, p,
+                 scale_log2);
+  return true;
+}
+
+template <class T, int D, int kBelow, int kTiles>
+bool queue(const AttentionBackward& p, float scale_log2, void* stream, const char*& error) {
+  using S = BackwardShape<D, kTiles>;
+  if (S::kBytes > static_cast<size_t>(max_shared_bytes())) return false;
+  const auto kernel = attention_head_backward_kernel<T, D, kBelow, kTiles>;
+  const int64_t heads = p.batch * p.heads, at_once = resident_blocks(kernel, S::kThreads, S::kBytes);
+  error = launch(kernel, heads < at_once ? heads : at_once, S::kThreads, S::kBytes, stream, p, scale_log2);
+  return true;
+}
+
+// The room, in tiles, that is compiled for; a head takes the smallest that holds it. These are the lengths of 32, 49 + 1,
+// 64 + 1, 100, 144 + 1, 196 + 2 and 256 + 1 tokens, and what lies between goes along.
+template <int... kTiles>
+struct Sizes {};
+using ForwardSizes = Sizes<2, 4, 5, 7, 10, 13, 17>;
+using BackwardSizes = Sizes<2, 4, 5, 7, 10, 13>;
+
+template <class T, int D, int kBelow, int kTiles, int... kMore, class Problem, class... More>
+bool queue_smallest(Sizes<kTiles, kMore...>, const Problem& p, More&... more) {
+  if (p.tokens <= 16 * kTiles) return queue<T, D, kBelow, kTiles>(p, more...);
+  if constexpr (sizeof...(kMore) > 0)
+    return queue_smallest<T, D, kTiles>(Sizes<kMore...>{}, p, more...);
+  else
+    return false;
+}
+
+template <class Compiled, class Problem>
+bool queue_any(const Problem& p, void* stream, const char*& error) {
+  const float scale_log2 = static_cast<float>(p.scale * kLog2E);
+  if (scale_log2 == 0 || !fits_vectors(2, p)) return false;
+  const auto with = [&](auto element) {
+    using T = decltype(element);
+    if (p.head_dim == 64) return queue_smallest<T, 64, 0>(Compiled{}, p, scale_log2, stream, error);
+    if (p.head_dim == 32) return queue_smallest<T, 32, 0>(Compiled{}, p, scale_log2, stream, error);
+    return false;
+  };
+  if (p.dtype == DType::bfloat16) return with(bfloat16{});
+  if (p.dtype == DType::float16) return with(float16{});
+  return false;
+}
+
+}  // namespace
+
+bool queue_head(const Attention& p, void* stream, const char*& error) {
+  return queue_any<ForwardSizes>(p, stream, error);
+}
+bool queue_head(const AttentionBackward& p, void* stream, const char*& error) {
+  return queue_any<BackwardSizes>(p, stream, error);
+}
+
+}  // namespace vitkd::cuda

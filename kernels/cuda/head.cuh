@@ -1,0 +1,173 @@
+// A whole head in shared memory, for the lengths where Vision Transformers live: its matrices, the pieces of them that
+// tensor cores take, and the way back to global memory. 16-bit elements only.
+#pragma once
+
+#include "device.cuh"
+
+namespace vitkd::cuda {
+
+// Where element (row, column) of a (rows, D) matrix lies. A row's 16-byte units change places with the row's number, so
+// that one unit of 8 consecutive rows falls into 8 different groups of banks. Padding would do that too, but for 9 to
+// 12 % of the memory that decides how many heads an SM holds.
+template <int D>
+__host__ __device__ constexpr int swizzled(int row, int column) {
+  static_assert(D == 32 || D == 64, "a row is half of the 128 bytes that all banks hold, or all of them");
+  const int turn = D == 64 ? row % 8 : row / 2 % 4;
+  return row * D + (column / 8 ^ turn) * 8 + column % 8;
+}
+
+// Elements from one row of a matrix of weights to the next: an odd number of 16-byte units, to the same end.
+template <int kTiles>
+constexpr int kWeightPitch = 16 * kTiles + 8;
+
+// The rows of one head in global memory, each a whole number of 16-byte units.
+template <class T>
+struct HeadRows {
+  T* data;
+  int64_t stride;
+
+  __device__ T* row(int i) const { return data + i * stride; }
+};
+
+// Starts to bring kRows rows by kThreads threads; those that are not there become zeros.
+template <class T, int D, int kRows, int kThreads>
+__device__ __forceinline__ void bring(T* matrix, const HeadRows<const T>& from, int rows, int thread) {
+  constexpr int kUnits = D / 8;
+#pragma unroll 4
+  for (int i = thread; i < kRows * kUnits; i += kThreads) {
+    const int row = i / kUnits, column = i % kUnits * 8;
+    const bool inside = row < rows;
+    copy_async(matrix + swizzled<D>(row, column), inside ? from.row(row) + column : from.data, inside);
+  }
+}
+
+// 16 rows as left operands of D / 16 products, in registers or in shared memory from row `first` on.
+template <int D>
+struct Strip {
+  uint32_t registers[D / 16][4];
+
+  __device__ void operand(uint32_t (&a)[4], int k) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = registers[k][i];
+  }
+
+  // From global memory, with zeros for rows that are not there.
+  template <class T>
+  __device__ void load(const HeadRows<const T>& from, int first, int rows) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first + lane / 4 + 8 * half;
+      const T* const data = from.row(row < rows ? row : 0) + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+        const uint32_t both = *reinterpret_cast<const uint32_t*>(data + i * 8);
+        registers[i / 2][i % 2 * 2 + half] = row < rows ? both : 0;
+      }
+    }
+  }
+};
+
+template <class T, int D>
+struct SharedStrip {
+  const T* matrix;
+  int first;
+
+  __device__ void operand(uint32_t (&a)[4], int k) const {
+    const int lane = threadIdx.x % kWarp;
+    load_matrices<false>(a, matrix + swizzled<D>(first + lane % 16, k * 16 + lane / 16 * 8));
+  }
+};
+
+// A left operand from a matrix of weights: 16 columns become its rows, 16 rows what is summed over.
+template <class T, int kTiles>
+__device__ __forceinline__ void load_columns(uint32_t (&columns)[4], const T* weights, int first_row, int first_column) {
+  const int lane = threadIdx.x % kWarp;
+  const int row = first_row + lane / 16 * 8 + lane % 8, column = first_column + lane / 8 % 2 * 8;
+  load_matrices<true>(columns, weights + row * kWeightPitch<kTiles> + column);
+}
+
+// product (16 x 16*kTiles) += strip matrix^T, the strip's signs turned by `sign`. Only the first `tiles` tiles of 16 rows
+// of the matrix are there, and at least kSure of them.
+template <class T, int D, int kSure, int kTiles, class LeftStrip>
+__device__ __forceinline__ void multiply_transposed(float (&product)[kTiles][2][4], const LeftStrip& strip,
+                                                    const T* matrix, int tiles, uint32_t sign = 0) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    uint32_t a[4];
+    strip.operand(a, k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] ^= sign;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (tile >= kSure && tile >= tiles) break;
+      uint32_t b[4];
+      const int row = tile * 16 + lane / 16 * 8 + lane % 8, column = k * 16 + lane / 8 % 2 * 8;
+      load_matrices<false>(b, matrix + swizzled<D>(row, column));
+      mma<T>(product[tile][0], a, b[0], b[1]);
+      mma<T>(product[tile][1], a, b[2], b[3]);
+    }
+  }
+}
+
+// For each of kStrips: product (16 x D) += a (16 x 16) times the 16 rows of `matrix` from `first` on, which are loaded once
+// for all strips.
+template <class T, int D, int kStrips>
+__device__ __forceinline__ void multiply(float (&product)[kStrips][D / 8][4], const uint32_t (&a)[kStrips][4],
+                                         const T* matrix, int first) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int column = 0; column < D; column += 16) {
+    uint32_t b[4];
+    load_matrices<true>(b, matrix + swizzled<D>(first + lane % 16, column + lane / 16 * 8));
+#pragma unroll
+    for (int strip = 0; strip < kStrips; ++strip) {
+      mma<T>(product[strip][column / 8], a[strip], b[0], b[1]);
+      mma<T>(product[strip][column / 8 + 1], a[strip], b[2], b[3]);
+    }
+  }
+}
+
+// Register i of lane j changes places with register j of lane i, in every quad.
+__device__ __forceinline__ void transpose_quad(uint32_t (&registers)[4]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t received = shuffle_xor(upper ? registers[i] : registers[i + step], step);
+      if (upper)
+        registers[i] = received;
+      else
+        registers[i + step] = received;
+    }
+  }
+}
+
+// Writes a warp's 16 x D accumulator, times `factor` for its upper and lower 8 rows, to rows `first`... A lane holds
+// pairs of elements; the quad turns them into 16 bytes of one lane, so that shared memory is not needed for it.
+template <class T, int D>
+__device__ __forceinline__ void store_strip(const HeadRows<T>& to, int first, int rows, const float (&product)[D / 8][4],
+                                            const float (&factor)[2]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first + lane / 4 + 8 * half;
+#pragma unroll
+    for (int group = 0; group < D / 32; ++group) {
+      Vector<uint32_t> packed;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto& pair = product[group * 4 + i];
+        packed.values[i] = pack<T>(pair[2 * half] * factor[half], pair[2 * half + 1] * factor[half]);
+      }
+      transpose_quad(packed.values);
+      if (row < rows) *reinterpret_cast<Vector<uint32_t>*>(to.row(row) + group * 32 + lane % 4 * 8) = packed;
+    }
+  }
+}
+
+}  // namespace vitkd::cuda
