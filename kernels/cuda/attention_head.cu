@@ -7,11 +7,20 @@
 namespace vitkd::cuda {
 namespace {
 
+// Which head of the batch. 32 bits, so that a division is not a function.
+struct Owner {
+  unsigned batch, head;
+
+  template <class Problem>
+  __device__ Owner(const Problem& p, unsigned owner)
+      : batch(owner / static_cast<unsigned>(p.heads)), head(owner % static_cast<unsigned>(p.heads)) {}
+};
+
 template <class T, class Problem>
-__device__ HeadRows<const T> rows_of(const Problem& p, Part part, int64_t owner) {
+__device__ HeadRows<const T> rows_of(const Problem& p, Part part, const Owner& owner) {
   const auto& stride = p.qkv_stride;
-  const int64_t batch = owner / p.heads, head = owner % p.heads;
-  return {static_cast<const T*>(p.qkv) + batch * stride[0] + part * stride[2] + head * stride[3], stride[1]};
+  const T* data = static_cast<const T*>(p.qkv) + owner.batch * stride[0] + part * stride[2] + owner.head * stride[3];
+  return {data, static_cast<int>(stride[1])};
 }
 
 // A lane has two rows of a strip's scores, 8 rows apart: elements 0, 1 and 2, 3 of every accumulator.
@@ -53,8 +62,8 @@ struct ForwardShape {
   static constexpr int kHeadThreads = kWarps * kWarp;
   static constexpr int kThreads = kHeads * kHeadThreads;
   static constexpr size_t kBytes = size_t{2} * kHeads * 3 * kMatrix;
-  // Scores that are in registers at a time: a row of up to 10 tiles, else half of it.
-  static constexpr int kPart = kTiles > 10 ? (kTiles + 1) / 2 : kTiles;
+  // Scores in registers at first, of a row that is too long for them all: the halves at which nothing spills.
+  static constexpr int kPart = kTiles > 13 ? 7 : kTiles > 10 ? 5 : kTiles;
 };
 
 // Adds a part of the keys and values, tiles [kFirst, kFirst + kPart) of the head, to a strip's softmax and output.
@@ -71,11 +80,11 @@ __device__ __forceinline__ void add_part(float (&out)[1][D / 8][4], float (&shif
   uint32_t weights[kPart][1][4];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float peak = largest(scores, row) * factor;
-    const float before = shift[row], now = fmaxf(fmaxf(before, peak), kLowest);  // exp2(-inf - now) is 0, not NaN
+    const float before = shift[row];
+    const float now = fmaxf(fmaxf(before, largest(scores, row)), kLowest);  // exp2(-inf - now) is 0, not NaN
     shift[row] = now;
     if (kFirst > 0) {
-      const float correction = fast_exp2(before - now);
+      const float correction = fast_exp2((before - now) * factor);
       sum[row] *= correction;
 #pragma unroll
       for (int i = 0; i < D / 4; ++i) out[0][i / 2][2 * row + i % 2] *= correction;
@@ -83,8 +92,9 @@ __device__ __forceinline__ void add_part(float (&out)[1][D / 8][4], float (&shif
 #pragma unroll
     for (int i = 0; i < 2 * kPart; ++i) {
       const float (&four)[4] = scores[i / 2][i % 2];
-      const float left = fast_exp2(fmaf(four[2 * row], factor, -now));
-      const float right = fast_exp2(fmaf(four[2 * row + 1], factor, -now));
+      // Not one fma: the largest weight must be 1, which no rounding to T changes.
+      const float left = fast_exp2((four[2 * row] - now) * factor);
+      const float right = fast_exp2((four[2 * row + 1] - now) * factor);
       sum[row] += left;
       sum[row] += right;
       weights[i / 2][0][i % 2 * 2 + row] = pack<T>(left, right);
@@ -102,10 +112,12 @@ template <class T, int D, int kBelow, int kTiles>
 __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
     attention_head_forward_kernel(const Attention p, const float scale_log2) {
   using S = ForwardShape<D, kTiles>;
-  const int thread = threadIdx.x % S::kHeadThreads, in_block = threadIdx.x / S::kHeadThreads;
+  const int in_block = S::kHeads > 1 ? threadIdx.x / S::kHeadThreads : 0;
+  const int thread = threadIdx.x - in_block * S::kHeadThreads;
   const int tokens = static_cast<int>(p.tokens);
-  const int64_t owner = int64_t{blockIdx.x} * S::kHeads + in_block;
-  const bool present = owner < p.batch * p.heads;
+  const unsigned index = blockIdx.x * S::kHeads + in_block;
+  const bool present = index < p.batch * p.heads;
+  const Owner owner(p, index);
   T* const queries = shared_memory<T>() + in_block * 3 * S::kMatrix;
   T *const keys = queries + S::kMatrix, *const values = keys + S::kMatrix;
   if (present) {
@@ -118,17 +130,19 @@ __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
   __syncthreads();
   if (!present) return;
 
-  const int64_t batch = owner / p.heads, head = owner % p.heads;
-  T* const data = static_cast<T*>(p.out) + (batch * p.tokens * p.heads + head) * D;
+  T* const data = static_cast<T*>(p.out) + (owner.batch * p.tokens * p.heads + owner.head) * D;
 #pragma unroll 1
-  for (int first = thread / kWarp * 16; first < tokens; first += S::kWarps * 16) {
+  for (int i = 0; i < S::kStrips; ++i) {
+    const int first = (thread / kWarp + i * S::kWarps) * 16;
+    if (first >= tokens) break;
     float out[1][D / 8][4] = {}, shift[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
     const SharedStrip<T, D> strip{queries, first};
     add_part<T, D, kBelow, 0, S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
-    if constexpr (S::kPart < kTiles)
+    if constexpr (S::kPart < kTiles) {
       add_part<T, D, kBelow, S::kPart, kTiles - S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
-    const float inverse[2] = {1 / quad_sum(sum[0]), 1 / quad_sum(sum[1])};
-    store_strip<T, D>(HeadRows<T>{data, p.heads * D}, first, tokens, out[0], inverse);
+    }
+    const float inverse[2] = {reciprocal(quad_sum(sum[0])), reciprocal(quad_sum(sum[1]))};
+    store_strip<T, D>(HeadRows<T>{data, static_cast<int>(p.heads) * D}, first, tokens, out[0], inverse);
   }
 }
 
@@ -193,7 +207,7 @@ struct HeadBackward {
         score = fast_exp2(fmaf(score, factor, -shift));
         sum += score;
       }
-      const float inverse = 1 / quad_sum(sum);
+      const float inverse = reciprocal(quad_sum(sum));
       const bool inside = first(strip) + lane / 4 + 8 * row < tokens;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
@@ -263,38 +277,38 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
   const HeadBackward<T, D, kBelow, kTiles> my{static_cast<int>(p.tokens), scale_log2,
                                               shared, shared + S::kMatrix, shared + 2 * S::kMatrix,
                                               shared + 3 * S::kMatrix, shared + 4 * S::kMatrix};
-  const int64_t heads = p.batch * p.heads;
+  const unsigned heads = static_cast<unsigned>(p.batch * p.heads);
   const float scale = static_cast<float>(p.scale);
-  auto bring_part = [&](T* matrix, Part part, int64_t owner) {
-    if (owner < heads) bring<T, D, S::kRows, S::kThreads>(matrix, rows_of<T>(p, part, owner), my.tokens, threadIdx.x);
+  auto bring_part = [&](T* matrix, Part part, const Owner& owner) {
+    bring<T, D, S::kRows, S::kThreads>(matrix, rows_of<T>(p, part, owner), my.tokens, threadIdx.x);
   };
-  auto bring_grads = [&](int64_t owner) {
-    if (owner >= heads) return;
+  auto bring_grads = [&](const Owner& owner) {
     const auto& stride = p.grad_out_stride;
-    const T* data = static_cast<const T*>(p.grad_out) + owner / p.heads * stride[0] + owner % p.heads * stride[2];
-    bring<T, D, S::kRows, S::kThreads>(my.grads, HeadRows<const T>{data, stride[1]}, my.tokens, threadIdx.x);
+    const T* data = static_cast<const T*>(p.grad_out) + owner.batch * stride[0] + owner.head * stride[2];
+    bring<T, D, S::kRows, S::kThreads>(my.grads, HeadRows<const T>{data, static_cast<int>(stride[1])}, my.tokens, threadIdx.x);
   };
-  auto grad_rows = [&](Part part, int64_t owner) {
-    const int64_t width = p.heads * D, batch = owner / p.heads, head = owner % p.heads;
-    T* data = static_cast<T*>(p.grad_qkv) + (batch * p.tokens * 3 + part) * width + head * D;
+  auto grad_rows = [&](Part part, const Owner& owner) {
+    const int width = static_cast<int>(p.heads) * D;
+    T* data = static_cast<T*>(p.grad_qkv) + (owner.batch * p.tokens * 3 + part) * width + owner.head * D;
     return HeadRows<T>{data, 3 * width};
   };
   Strip<D> my_queries[S::kStrips];
-  auto load_queries = [&](int64_t owner) {
-    if (owner >= heads) return;
+  auto load_queries = [&](const Owner& owner) {
 #pragma unroll
     for (int strip = 0; strip < S::kStrips; ++strip)
       if (my.present(strip)) my_queries[strip].load(rows_of<T>(p, kQuery, owner), my.first(strip), my.tokens);
   };
 
-  bring_part(my.keys, kKey, blockIdx.x);
-  bring_part(my.values, kValue, blockIdx.x);
-  bring_grads(blockIdx.x);
+  const Owner begin(p, blockIdx.x);
+  bring_part(my.keys, kKey, begin);
+  bring_part(my.values, kValue, begin);
+  bring_grads(begin);
   copy_async_commit();
-  load_queries(blockIdx.x);
+  load_queries(begin);
 #pragma unroll 1
-  for (int64_t owner = blockIdx.x; owner < heads; owner += gridDim.x) {
-    const int64_t next = owner + gridDim.x;
+  for (unsigned index = blockIdx.x; index < heads; index += gridDim.x) {
+    const bool last = heads - index <= gridDim.x;
+    const Owner owner(p, index), next(p, index + gridDim.x);
     copy_async_wait<0>();
     __syncthreads();  // keys, values, grads are here; nobody reads the last head's queries any more
     bring_part(my.queries, kQuery, owner);
@@ -307,7 +321,7 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
       my.differentiate(grad_scores, strip);
     }
     __syncthreads();  // all weights are written; nobody reads the values any more
-    bring_part(my.values, kValue, next);
+    if (!last) bring_part(my.values, kValue, next);
     copy_async_commit();
     if (my.present(0)) {
       float grad_value[S::kStrips][D / 8][4] = {};
@@ -322,8 +336,10 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
       my.store(grad_rows(kQuery, owner), grad_query, scale);
     }
     __syncthreads();  // nobody reads weights, keys or grads any more
-    bring_part(my.keys, kKey, next);
-    bring_grads(next);
+    if (!last) {
+      bring_part(my.keys, kKey, next);
+      bring_grads(next);
+    }
     copy_async_commit();
 #pragma unroll
     for (int i = 0; i < 4 * kTiles * S::kStrips; ++i) {
@@ -332,7 +348,7 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
     }
     copy_async_wait<2>();
     __syncthreads();  // all scores' gradients are written; the queries are here
-    load_queries(next);
+    if (!last) load_queries(next);
     if (my.present(0)) {
       float grad_key[S::kStrips][D / 8][4] = {};
       my.multiply_columns(grad_key, my.queries);
@@ -378,10 +394,21 @@ bool queue_smallest(Sizes<kTiles, kMore...>, const Problem& p, More&... more) {
     return false;
 }
 
+// Whether the offsets within a head do not take 64 bits.
+bool fits_int(std::initializer_list<int64_t> row_strides, int64_t tokens) {
+  for (int64_t stride : row_strides)
+    if (stride * tokens > 2147483647) return false;
+  return true;
+}
+bool fits_int(const Attention& p) { return fits_int({p.qkv_stride[1], p.heads * p.head_dim}, p.tokens); }
+bool fits_int(const AttentionBackward& p) {
+  return fits_int({p.qkv_stride[1], p.grad_out_stride[1], 3 * p.heads * p.head_dim}, p.tokens);
+}
+
 template <class Compiled, class Problem>
 bool queue_any(const Problem& p, void* stream, const char*& error) {
   const float scale_log2 = static_cast<float>(p.scale * kLog2E);
-  if (scale_log2 == 0 || !fits_vectors(2, p)) return false;
+  if (scale_log2 == 0 || !fits_vectors(2, p) || p.batch * p.heads > kMaxBlocks || !fits_int(p)) return false;
   const auto with = [&](auto element) {
     using T = decltype(element);
     if (p.head_dim == 64) return queue_smallest<T, 64, 0>(Compiled{}, p, scale_log2, stream, error);

@@ -73,7 +73,7 @@ struct Softmax {
     }
   }
 
-  __device__ __forceinline__ float inverse_sum(int row) const { return 1 / quad_sum(sum[row]); }
+  __device__ __forceinline__ float inverse_sum(int row) const { return reciprocal(quad_sum(sum[row])); }
 };
 
 template <int kTiles>

@@ -20,11 +20,11 @@ __host__ __device__ constexpr int swizzled(int row, int column) {
 template <int kTiles>
 constexpr int kWeightPitch = 16 * kTiles + 8;
 
-// The rows of one head in global memory, each a whole number of 16-byte units.
+// The rows of one head in global memory, each a whole number of 16-byte units, less than 2^31 elements apart.
 template <class T>
 struct HeadRows {
   T* data;
-  int64_t stride;
+  int stride;
 
   __device__ T* row(int i) const { return data + i * stride; }
 };

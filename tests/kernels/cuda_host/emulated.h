@@ -50,6 +50,8 @@ inline float fast_exp2(float x) {
   return y < std::numeric_limits<float>::min() ? 0 : y;
 }
 
+inline float reciprocal(float x) { return 1 / x; }
+
 inline float to_float(float value) { return value; }
 inline float to_float(bfloat16 value) {
   const uint32_t bits = uint32_t{value.bits} << 16;
