@@ -11,11 +11,13 @@ import platform
 import re
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+import acceptance
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
@@ -26,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROTATED_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}  # inputs take turns beyond this: an H200's L2 is 60 MB
 MAX_COPIES = 64
+STARTED = time.monotonic()
+OUT_OF_TIME = "not measured: --limit was reached"
 
 
 @dataclass
@@ -40,7 +44,8 @@ class Contender:
 
 @dataclass
 class Row:
-    """One measurement. Times in microseconds; error is the largest one against float64, relative to max |exact|."""
+    """One measurement. Times in microseconds; error is the largest one against float64, relative to max |exact|.
+    `chosen`: what the package's public function runs for this case."""
 
     case: str
     direction: str
@@ -57,6 +62,7 @@ class Row:
     correct: bool = False
     note: str = ""
     speedup: float | None = None
+    chosen: bool = False
 
 
 @dataclass
@@ -79,6 +85,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--skip", nargs="*", default=[], metavar="WORD", help="leave out contenders with this in the name"
     )
+    result.add_argument("--limit", type=float, metavar="SECONDS", help="start nothing new after this long")
     result.add_argument("--graph", action="store_true", help="time CUDA graph replays: no launch costs on any side")
     result.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     return result
@@ -86,6 +93,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def dtypes(arguments: argparse.Namespace) -> list[str]:
     return arguments.dtype or (["bfloat16", "float32"] if arguments.device == "cpu" else ["bfloat16"])
+
+
+def out_of_time(arguments: argparse.Namespace) -> bool:
+    return arguments.limit is not None and time.monotonic() - STARTED > arguments.limit
 
 
 def copies(make: Callable[[int], tuple[Tensor, ...]], device: str) -> list[tuple[Tensor, ...]]:
@@ -121,6 +132,9 @@ def measure(
         for index, (row, contender, run) in enumerate(rows):
             if row.note:
                 continue
+            if index not in times and out_of_time(arguments):
+                row.note = OUT_OF_TIME
+                continue
             turn = itertools.cycle(inputs)
             try:
                 with contender.context():
@@ -147,9 +161,9 @@ def _times(call: Callable[[], None], arguments: argparse.Namespace) -> list[floa
         return [time * 1e6 for time in measured.times]
     from triton.testing import do_bench, do_bench_cudagraph
 
-    if arguments.graph:
-        return [time * 1e3 for time in do_bench_cudagraph(call, rep=int(seconds * 1e3), return_mode="all")]
-    return [time * 1e3 for time in do_bench(call, warmup=50, rep=int(seconds * 1e3), return_mode="all")]
+    if arguments.graph:  # replayed ten times
+        return [time * 1e3 for time in do_bench_cudagraph(call, rep=seconds * 100, return_mode="all")]
+    return [time * 1e3 for time in do_bench(call, warmup=min(50, seconds * 500), rep=seconds * 1e3, return_mode="all")]
 
 
 def _peak_memory(contender: Contender, run: Callable[..., None], inputs: tuple[Tensor, ...], device: str) -> float:
@@ -237,14 +251,21 @@ def start(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, Limits]
     return arguments, limits(dtypes(arguments), arguments)
 
 
-def finish(benchmark: str, arguments: argparse.Namespace, measured: Limits, rows: list[Row], share_of: str) -> int:
-    """Compare, print and record; the exit status: 1 if ours was wrong anywhere."""
+def finish(
+    benchmark: str, arguments: argparse.Namespace, measured: Limits, rows: list[Row], share_of: str, **more
+) -> int:
+    """Compare, print and record (with `more`); the exit status: 1 if ours was wrong anywhere."""
     compare(rows)
     print_table(rows, share_of)
     gemm = ", ".join(f"{name} {rate:.0f} GF/s" for name, rate in measured.gemm.items())
     print(f"limits measured in this run: GEMM {gemm}; copy {measured.copy:.0f} GB/s; threads {arguments.threads}")
-    print(f"record: {record(benchmark, arguments, measured, rows)}")
-    return int(any(row.ours and not row.correct for row in rows))
+    for line in acceptance.lines(rows):
+        print(line)
+    print(f"record: {record(benchmark, arguments, measured, rows, **more)}")
+    late = sum(row.note == OUT_OF_TIME for row in rows)
+    if late:
+        print(f"{late} of {len(rows)} rows {OUT_OF_TIME}")
+    return int(any(row.ours and not row.correct and row.note != OUT_OF_TIME for row in rows))
 
 
 def print_table(rows: Iterable[Row], share_of: str) -> None:
@@ -261,7 +282,7 @@ def print_table(rows: Iterable[Row], share_of: str) -> None:
         print(f"{line}{verdict if row.correct else 'WRONG':>10}")
 
 
-def record(benchmark: str, arguments: argparse.Namespace, measured: Limits, rows: list[Row]) -> Path:
+def record(benchmark: str, arguments: argparse.Namespace, measured: Limits, rows: list[Row], **more) -> Path:
     """Write what was measured, where and when, as one JSON file; returns its path."""
     now = datetime.now(timezone.utc)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -278,6 +299,7 @@ def record(benchmark: str, arguments: argparse.Namespace, measured: Limits, rows
         "arguments": {key: value for key, value in vars(arguments).items() if key != "out"},
         "limits": asdict(measured),
         "rows": [asdict(row) for row in rows],
+        **more,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
@@ -291,6 +313,7 @@ def _machine(arguments: argparse.Namespace) -> dict:
         "cores": os.cpu_count(),
         "threads": arguments.threads,
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "capability": torch.cuda.get_device_capability() if on_gpu else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from _common import (
     DTYPES,
+    OUT_OF_TIME,
     Contender,
+    Limits,
     Row,
     copies,
     dtypes,
@@ -18,6 +20,7 @@ from _common import (
     forward_of,
     judge,
     measure,
+    out_of_time,
     parser,
     relative_error,
     start,
@@ -25,13 +28,13 @@ from _common import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkd_fast import backends
-from vitkd_fast.ops.attention import attention_backward_formula, attention_formula
+from vitkd_fast.ops.attention import attention_backward_formula, attention_formula, choose
 
 SHAPES = {  # batch, heads, tokens, head_dim
     "cpu": [(32, 3, 197, 64), (32, 6, 197, 64), (64, 3, 65, 64), (64, 3, 50, 64), (64, 4, 17, 32)],
     "cuda": [
-        (256, 3, 197, 64),
         (256, 6, 197, 64),
+        (256, 3, 197, 64),
         (256, 12, 197, 64),
         (1024, 3, 65, 64),
         (1024, 3, 50, 64),
@@ -49,6 +52,7 @@ SDPA = {
         "math": SDPBackend.MATH,
     },
 }
+DIRECTIONS = {"forward": (forward_of, 4, 4), "forward+backward": (forward_backward_of, 14, 11)}  # FLOPs, tensors moved
 
 
 def main() -> int:
@@ -59,7 +63,17 @@ def main() -> int:
     for name in dtypes(arguments):
         for size in arguments.shapes or SHAPES[arguments.device]:
             rows += run_case(size, name, measured, arguments)
-    return finish("attention", arguments, measured, rows, "of GEMM" if arguments.device == "cpu" else "of copy")
+    share_of = "of GEMM" if arguments.device == "cpu" else "of copy"
+    return finish("attention", arguments, measured, rows, share_of, tiles=tuned_tiles())
+
+
+def tuned_tiles() -> list[dict]:
+    """What VITKD_TRITON_TUNE=1 measured on the way."""
+    if "vitkd_fast.triton" not in sys.modules:
+        return []
+    from vitkd_fast.triton import _tune
+
+    return _tune.measured()
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -69,20 +83,29 @@ def shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def contenders(arguments, scale: float) -> list[Contender]:
-    chosen = backends.implementation("attention", arguments.device).name
-    result = [Contender(f"vitkd {chosen}", lambda qkv: torch.ops.vitkd.attention(qkv, scale), ours=True)]
-    if arguments.device == "cuda" and chosen != "triton":
-        result.append(Contender("vitkd triton", lambda qkv: triton_attention(qkv, scale), ours=True))
+def contenders(arguments, size: tuple[int, ...], scale: float) -> list[Contender]:
+    result = ours(arguments.device, scale)
     result += [
         Contender(f"sdpa {name}", sdpa(scale), context=lambda backend=backend: sdpa_kernel(backend))
         for name, backend in SDPA[arguments.device].items()
     ]
     result.append(Contender("sdpa default", sdpa(scale)))
     result.append(Contender("formula", lambda qkv: attention_formula(qkv, scale)))
-    compiled = torch.compile(attention_formula, dynamic=False)
-    result.append(Contender("formula torch.compile", lambda qkv: compiled(qkv, scale)))
+    if arguments.device == "cpu" or size in SHAPES["cuda"][:6]:  # the issue's shapes; elsewhere its seconds are missed
+        functions = {"formula": lambda qkv: attention_formula(qkv, scale)}
+        if arguments.device == "cuda":
+            functions["sdpa"] = sdpa(scale)
+        result += [Contender(f"{name} torch.compile", torch.compile(f, dynamic=False)) for name, f in functions.items()]
     return [each for each in result if not any(word in each.name for word in arguments.skip)]
+
+
+def ours(device: str, scale: float) -> list[Contender]:
+    """What the dispatcher has; on a GPU the CUDA and the Triton kernels side by side."""
+    chosen = backends.implementation("attention", device).name
+    result = [Contender(f"vitkd {chosen}", lambda qkv: torch.ops.vitkd.attention(qkv, scale), ours=True)]
+    if device == "cuda" and chosen != "triton" and "triton" in backends.cuda_kernels():
+        result.append(Contender("vitkd triton", lambda qkv: torch.ops.vitkd_triton.attention(qkv, scale), ours=True))
+    return result
 
 
 def sdpa(scale: float):
@@ -93,58 +116,63 @@ def sdpa(scale: float):
     return run
 
 
-def triton_attention(qkv, scale: float):
-    from vitkd_fast import triton
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, qkv):
-            ctx.save_for_backward(qkv)
-            return triton.attention(qkv, scale)
-
-        @staticmethod
-        def backward(ctx, grad_out):
-            return triton.attention_backward(grad_out, *ctx.saved_tensors, scale)
-
-    return Attention.apply(qkv)
-
-
-def run_case(size: tuple[int, ...], name: str, measured, arguments) -> list[Row]:
+def make_inputs(size: tuple[int, ...], name: str, device: str) -> list[tuple[torch.Tensor, ...]]:
     batch, heads, tokens, head_dim = size
-    scale = head_dim**-0.5
 
     def make(seed: int):
-        qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=arguments.device).to(DTYPES[name])
-        grad_out = torch.randn(batch, tokens, heads * head_dim, device=arguments.device).to(DTYPES[name])
+        qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=DTYPES[name])
+        grad_out = torch.randn(batch, tokens, heads * head_dim, device=device, dtype=DTYPES[name])
         return qkv.requires_grad_(), grad_out
 
-    inputs = copies(make, arguments.device)
+    return copies(make, device)
+
+
+def run_case(size: tuple[int, ...], name: str, measured: Limits, arguments) -> list[Row]:
+    inputs = make_inputs(size, name, arguments.device)
+    scale = size[3] ** -0.5
     torch._dynamo.reset()
-    all_contenders = contenders(arguments, scale)
-    verdicts = {each.name: check(each, *inputs[0], scale) for each in all_contenders}
+    all_contenders = contenders(arguments, size, scale)
+    verdicts = {
+        each.name: OUT_OF_TIME if out_of_time(arguments) else check(each, *inputs[0], scale) for each in all_contenders
+    }
     rows = []
-    for direction, wrap, flops, tensors in (
-        ("forward", forward_of, 4, 4),
-        ("forward+backward", forward_backward_of, 14, 11),
-    ):
-        group = []
-        for each in all_contenders:
-            row = Row(f"{name} {','.join(map(str, size))}", direction, each.name, each.ours)
-            verdict = verdicts[each.name]
-            if isinstance(verdict, str):
-                row.note = verdict
-            else:
-                judge(row, *verdict[direction], DTYPES[name])
-            group.append((row, each, wrap(each.function)))
+    for direction, (wrap, _, _) in DIRECTIONS.items():
+        group = [
+            (row_of(size, name, direction, each, verdicts[each.name]), each, wrap(each.function))
+            for each in all_contenders
+        ]
         measure(group, inputs, arguments)
         for row, *_ in group:
-            if row.median:
-                row.gflops = flops * batch * heads * tokens**2 * head_dim / row.median / 1e3
-                row.gbytes = tensors * batch * tokens * heads * head_dim * DTYPES[name].itemsize / row.median / 1e3
-                of_gemm = row.gflops / measured.gemm[name]
-                row.share = of_gemm if arguments.device == "cpu" else row.gbytes / measured.copy
+            rate(row, size, name, measured, arguments.device)
+            row.chosen = arguments.device == "cuda" and row.contender == chosen_for(size, name)
             rows.append(row)
     return rows
+
+
+def chosen_for(size: tuple[int, ...], name: str) -> str:
+    """The contender that `vitkd_fast.ops.attention` is, on this GPU."""
+    _, _, tokens, head_dim = size
+    found, _ = choose(torch.device("cuda", torch.cuda.current_device()), DTYPES[name], head_dim, tokens)
+    return "sdpa default" if found == "sdpa" else f"vitkd {found}"
+
+
+def row_of(size: tuple[int, ...], name: str, direction: str, contender: Contender, verdict) -> Row:
+    row = Row(f"{name} {','.join(map(str, size))}", direction, contender.name, contender.ours)
+    if isinstance(verdict, str):
+        row.note = verdict
+    else:
+        judge(row, *verdict[direction], DTYPES[name])
+    return row
+
+
+def rate(row: Row, size: tuple[int, ...], name: str, measured: Limits, device: str) -> None:
+    """FLOPs and bytes a second, and the share of what this machine can do."""
+    if row.median:
+        batch, heads, tokens, head_dim = size
+        _, flops, tensors = DIRECTIONS[row.direction]
+        row.gflops = flops * batch * heads * tokens**2 * head_dim / row.median / 1e3
+        row.gbytes = tensors * batch * tokens * heads * head_dim * DTYPES[name].itemsize / row.median / 1e3
+        row.share = row.gflops / measured.gemm[name] if device == "cpu" else row.gbytes / measured.copy
 
 
 def check(contender: Contender, qkv, grad_out, scale: float) -> dict[str, tuple[float, float]] | str:

@@ -2,8 +2,9 @@
 
     python benchmarks/cuda_resources.py [--json benchmarks/results/cuda_resources.json]
 
-TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS are honoured. A kernel is its template arguments: the padded head width for
-attention, threads and classes per thread for kd_loss.
+TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS are honoured. A kernel is its template arguments: head width and, in tiles
+of 16 tokens, the length that is too short and the longest for attention_head; the padded head width for attention;
+threads and classes per thread for kd_loss.
 """
 
 import argparse
@@ -76,14 +77,17 @@ def _shared_memory(rows: list[dict], folder: Path) -> dict[tuple, int]:
     kernels = sorted({(row["kernel"], row["dtype"], row["arguments"]) for row in rows})
     lines = []
     for kernel, dtype, arguments in kernels:
+        numbers = arguments.split(", ")
         shape = f"Shape<{'float' if dtype == 'float32' else dtype}, {arguments}>"
         size = {
+            "attention_head_forward": f"ForwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
+            "attention_head_backward": f"BackwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_forward": f"{shape}::kForwardBytes",
             "attention_backward": f"{shape}::kBackwardBytes + statistics_bytes(kChunk, {shape}::kRows)",
-            "kd_loss": f"shared_bytes({arguments.split(',')[0]})",
+            "kd_loss": f"shared_bytes({numbers[0]})",
         }[kernel]
         lines.append(f'std::printf("%zu\\n", size_t({size}));')
-    include = '#include "attention.cu"\n#include "kd_loss.cu"\n'
+    include = "".join(f'#include "{source.name}"\n' for source in sorted((ROOT / "kernels/cuda").glob("*.cu")))
     program = f"{include}int main() {{\nusing namespace vitkd::cuda;\n" + "\n".join(lines) + "\n}\n"
     (folder / "shared.cpp").write_text(program)
     host = ROOT / "tests/kernels/cuda_host"

@@ -1,11 +1,14 @@
 """Fused distillation loss against eager PyTorch and torch.compile: forward, and forward with both gradients."""
 
+import contextlib
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from _common import (
     DTYPES,
+    OUT_OF_TIME,
     Contender,
     Row,
     copies,
@@ -15,12 +18,13 @@ from _common import (
     forward_of,
     judge,
     measure,
+    out_of_time,
     parser,
     relative_error,
     start,
 )
 
-from vitkd_fast import backends
+from vitkd_fast import backends, choice
 from vitkd_fast.ops import kd_loss
 from vitkd_fast.ops.kd_loss import KINDS, kd_rows_formula
 
@@ -55,10 +59,12 @@ def shape(text: str) -> tuple[int, ...]:
 
 def contenders(arguments, kind: str) -> list[Contender]:
     temperature = 1.0 if kind in ("l1", "mse") else TEMPERATURE
+    loss = partial(kd_loss, kind=kind, temperature=temperature)
     chosen = backends.implementation("kd_loss", arguments.device).name
-    result = [Contender(f"vitkd {chosen}", lambda s, t: kd_loss(s, t, kind=kind, temperature=temperature), ours=True)]
-    if arguments.device == "cuda" and chosen != "triton":
-        result.append(Contender("vitkd triton", lambda s, t: triton_loss(s, t, kind, temperature), ours=True))
+    result = [Contender(f"vitkd {chosen}", loss, ours=True, context=partial(taken_by, torch.ops.vitkd))]
+    if arguments.device == "cuda" and chosen != "triton" and "triton" in backends.cuda_kernels():
+        taken = partial(taken_by, torch.ops.vitkd_triton)
+        result.append(Contender("vitkd triton", loss, ours=True, context=taken))
     if kind == "kl":
         result.append(Contender("F.kl_div", hinton))
         result.append(Contender("F.kl_div torch.compile", torch.compile(hinton, dynamic=False)))
@@ -79,22 +85,22 @@ def hinton(student, teacher):
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TEMPERATURE**2
 
 
-def triton_loss(student, teacher, kind: str, temperature: float):
-    from vitkd_fast import triton
+@contextlib.contextmanager
+def taken_by(ops):
+    """Whatever the package would choose: this namespace's kernel."""
+    module = sys.modules["vitkd_fast.ops.kd_loss"]  # the package's attribute is the function
+    choose, module._ops = module._ops, lambda logits: ops
+    try:
+        yield
+    finally:
+        module._ops = choose
 
-    class Loss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, student, teacher):
-            wanted = ctx.needs_input_grad
-            rows, *grads = triton.kd_loss(student, teacher, KINDS.index(kind), temperature, *wanted)
-            ctx.save_for_backward(*grads)
-            return rows
 
-        @staticmethod
-        def backward(ctx, grad_rows):
-            return tuple((grad * grad_rows.unsqueeze(1)).to(grad.dtype) for grad in ctx.saved_tensors)
-
-    return Loss.apply(student, teacher).mean()
+def chosen_for(size: tuple[int, int], name: str) -> str:
+    """The contender that `vitkd_fast.ops.kd_loss` is, on this GPU."""
+    ranges = choice.kd_loss(torch.device("cuda", torch.cuda.current_device()), DTYPES[name])
+    found = next(each.name for each in ranges if each.most is None or size[1] <= each.most)
+    return f"vitkd {found}"
 
 
 def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -> list[Row]:
@@ -108,7 +114,9 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
     inputs = copies(make, arguments.device)
     torch._dynamo.reset()
     all_contenders = contenders(arguments, kind)
-    verdicts = {each.name: check(each, inputs[0], kind) for each in all_contenders}
+    verdicts = {
+        each.name: OUT_OF_TIME if out_of_time(arguments) else check(each, inputs[0], kind) for each in all_contenders
+    }
     rows = []
     for direction, wrap, passes in (("forward", forward_of, 2), ("forward+backward", forward_backward_of, 4)):
         group = []
@@ -125,6 +133,7 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
             if row.median:
                 row.gbytes = passes * count * classes * DTYPES[name].itemsize / row.median / 1e3
                 row.share = row.gbytes / measured.copy
+            row.chosen = arguments.device == "cuda" and row.contender == chosen_for(size, name)
             rows.append(row)
     return rows
 
@@ -134,8 +143,9 @@ def check(contender: Contender, inputs, kind: str) -> dict[str, tuple[float, flo
     student, teacher, _ = inputs
     temperature = 1.0 if kind in ("l1", "mse") else TEMPERATURE
     try:
-        loss = contender.function(student, teacher)
-        grads = torch.autograd.grad(loss, (student, teacher))
+        with contender.context():
+            loss = contender.function(student, teacher)
+            grads = torch.autograd.grad(loss, (student, teacher))
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     precise = [logits.detach().double().requires_grad_() for logits in (student, teacher)]

@@ -6,8 +6,18 @@ import torch
 
 from vitkd_fast import backends
 
-# Whole heads, split heads, padded rows, padded widths; every path of the kernels' tables, in few launches.
-ATTENTION = [(2, 17, 2, 32), (1, 50, 3, 64), (2, 65, 1, 64), (1, 197, 2, 64), (1, 129, 1, 80), (1, 300, 1, 64)]
+# Whole heads, several of them in a block and one too many, split heads, padded rows, padded widths; every path of the
+# kernels' tables, in few launches.
+ATTENTION = [
+    (2, 17, 2, 32),
+    (1, 50, 3, 64),
+    (2, 65, 1, 64),
+    (1, 197, 2, 64),
+    (1, 129, 1, 80),
+    (1, 257, 1, 128),
+    (3, 9, 1, 16),
+    (1, 300, 1, 64),
+]
 LOGITS = [(3, 10), (5, 1000), (2, 8193)]
 
 
@@ -17,10 +27,8 @@ def main() -> None:
     device = parser.parse_args().device
     implementations = [torch.ops.vitkd]
     names = [backends.implementation("attention", device).name]
-    if device == "cuda" and names != ["triton"]:
-        import vitkd_fast.triton
-
-        implementations.append(vitkd_fast.triton)
+    if device == "cuda" and names != ["triton"] and "triton" in backends.cuda_kernels():
+        implementations.append(torch.ops.vitkd_triton)
         names.append("triton")
     calls = sum(run(implementation, device) for implementation in implementations)
     if device == "cuda":

@@ -1,6 +1,9 @@
-"""Which implementation of an op runs where: loads the native libraries, lets Triton stand in for CUDA, remembers why.
+"""Which implementation of an op runs where: loads the native libraries, registers Triton's kernels, remembers why.
 
-Importing this module registers everything. The dispatcher does the choosing from then on; `implementation` tells.
+Importing this module registers everything. On a CPU the dispatcher does the choosing from then on, and
+`implementation` tells. On a GPU both the CUDA and the Triton kernels are registered, under `torch.ops.vitkd` and
+`torch.ops.vitkd_triton` (Triton stands in for CUDA in the first where the CUDA library is missing), and the public
+functions go by `vitkd_fast.choice`.
 """
 
 import importlib.util
@@ -12,7 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from vitkd_fast.ops._library import LIBRARY, OPS
+from vitkd_fast import choice
+from vitkd_fast.ops._library import LIBRARY, OPS, TRITON
 
 HERE = Path(__file__).parent
 Name = Literal["native", "triton", "formula"]
@@ -31,8 +35,14 @@ def implementation(op: str, device: str) -> Implementation:
 
 
 def libraries() -> dict[str, str | None]:
-    """For each native library, None when it is loaded, else why not."""
+    """For each native library, and for Triton's kernels, None when it is loaded, else why not."""
     return dict(_PROBLEMS)
+
+
+def cuda_kernels() -> tuple[Literal["native", "triton"], ...]:
+    """Which of the kernels for CUDA are registered, the preferred ones first."""
+    names: tuple[tuple[Literal["native", "triton"], str], ...] = (("native", "_C_cuda"), ("triton", "triton"))
+    return tuple(name for name, part in names if _PROBLEMS[part] is None)
 
 
 def _load(library: str) -> str | None:
@@ -51,12 +61,15 @@ def _load(library: str) -> str | None:
     return None
 
 
-def _triton() -> str | None:
+def _register_triton(stands_in: bool) -> str | None:
     """Register the Triton kernels for CUDA; None, or what keeps them from running."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     for name in OPS:
-        LIBRARY.impl(name, _when_called(name), "CUDA")
+        for library in (TRITON, *([LIBRARY] if stands_in else [])):
+            library.impl(name, _when_called(name), "CUDA")
     return None
 
 
@@ -69,16 +82,16 @@ def _when_called(name: str) -> Callable:
 
 
 def _choose() -> dict[str, Implementation]:
-    choice = {}
+    found = {}
     if _PROBLEMS["_C_cpu"] is None:
         from vitkd_fast import _facts
 
         isa, wish = _facts.isa(), os.environ.get("VITKD_CPU_ISA", "")
         if wish not in ("", isa):
             warnings.warn(f"VITKD_CPU_ISA={wish} cannot be had on this CPU; using {isa}.", stacklevel=2)
-        choice["cpu"] = Implementation("native", f"C++ kernels, {isa}" + (" (VITKD_CPU_ISA)" if wish else ""))
+        found["cpu"] = Implementation("native", f"C++ kernels, {isa}" + (" (VITKD_CPU_ISA)" if wish else ""))
     else:
-        choice["cpu"] = Implementation("formula", f"plain torch, because {_PROBLEMS['_C_cpu']}")
+        found["cpu"] = Implementation("formula", f"plain torch, because {_PROBLEMS['_C_cpu']}")
         if not os.environ.get("VITKD_NO_NATIVE"):
             warnings.warn(
                 f"vitkd_fast runs on plain torch, not its kernels: {_PROBLEMS['_C_cpu']}. Reinstall it to build them "
@@ -86,14 +99,20 @@ def _choose() -> dict[str, Implementation]:
                 stacklevel=2,
             )
     if torch.version.cuda is not None:
-        if _PROBLEMS["_C_cuda"] is None:
-            choice["cuda"] = Implementation("native", "CUDA kernels")
-        elif (problem := _triton()) is None:
-            choice["cuda"] = Implementation("triton", f"Triton kernels, because {_PROBLEMS['_C_cuda']}")
+        why_not_native, why_not_triton = _PROBLEMS["_C_cuda"], _PROBLEMS["triton"]
+        if why_not_native is None:
+            found["cuda"] = Implementation("native", "CUDA kernels")
+        elif why_not_triton is None:
+            found["cuda"] = Implementation("triton", f"Triton kernels, because {why_not_native}")
         else:
-            choice["cuda"] = Implementation("formula", f"plain torch, because {_PROBLEMS['_C_cuda']}, and {problem}")
-    return choice
+            reason = f"plain torch, because {why_not_native}, and {why_not_triton}"
+            found["cuda"] = Implementation("formula", reason)
+        if choice.WISH in ("native", "triton") and choice.WISH not in cuda_kernels():
+            why = why_not_native if choice.WISH == "native" else why_not_triton
+            warnings.warn(f"VITKD_CUDA_BACKEND={choice.WISH} cannot be had: {why}.", stacklevel=2)
+    return found
 
 
 _PROBLEMS = {library: _load(library) for library in ("_C_cpu", "_C_cuda")}
+_PROBLEMS["triton"] = _register_triton(stands_in=_PROBLEMS["_C_cuda"] is not None)
 _CHOICE = _choose()

@@ -1,11 +1,11 @@
-"""`vitkd doctor`: what this machine offers, and which implementation each op will use on it."""
+"""`vitkd doctor`: what this machine offers, which implementations each op has on it, and which of them it will use."""
 
 import platform
 from dataclasses import asdict, dataclass
 
 import torch
 
-from vitkd_fast import backends
+from vitkd_fast import backends, choice
 from vitkd_fast._version import __version__
 from vitkd_fast.ops._library import OPS
 
@@ -17,7 +17,8 @@ class Report:
     versions: dict[str, str]
     devices: dict[str, str]
     libraries: dict[str, str]
-    ops: dict[str, dict[str, str]]  # op -> device type -> implementation and reason
+    ops: dict[str, dict[str, str]]  # op -> device type -> implementation that the dispatcher has, and why
+    choice: dict[str, dict[str, str]]  # GPU -> kind of call -> which of the implementations takes it, and why
 
     asdict = asdict
 
@@ -28,6 +29,8 @@ class Report:
         lines.append("ops")
         for op, choices in self.ops.items():
             lines += [f"  {op:<20} {device:<5} {text}" for device, text in choices.items()]
+        for device, choices in self.choice.items():
+            lines += [f"choice on {device}", *(f"  {call:<32} {text}" for call, text in choices.items())]
         return "\n".join(lines)
 
 
@@ -44,15 +47,36 @@ def doctor() -> Report:
         versions={"vitkd_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {name: _version(name) for name in ("triton", "timm")},
         devices=devices,
-        libraries={name: f"not used: {why}" if why else "loaded" for name, why in backends.libraries().items()}
+        libraries={name: f"not used: {why}" if why else _there(name) for name, why in backends.libraries().items()}
         | {"built with": _build()},
-        ops={op: {device: _choice(op, device) for device in ("cpu", "cuda")} for op in OPS},
+        ops={op: {device: _implementation(op, device) for device in ("cpu", "cuda")} for op in OPS},
+        choice={device: _choice(torch.device(device)) for device in devices if device != "cpu" and torch.version.cuda},
     )
 
 
-def _choice(op: str, device: str) -> str:
+def _implementation(op: str, device: str) -> str:
     name, reason = backends.implementation(op, device)
     return f"{name}: {reason}"
+
+
+def _there(library: str) -> str:
+    return "registered; imported at the first call" if library == "triton" else "loaded"
+
+
+def _choice(device: torch.device) -> dict[str, str]:
+    rows = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        kind = choice.dtype_class(dtype)
+        widths = choice.attention(device, dtype)
+        for width, ranges in widths:
+            which = f"head_dim {width}" if width else "any other head_dim" if len(widths) > 1 else "any head_dim"
+            rows[f"attention, {kind}, {which}"] = _ranges(ranges)
+        rows[f"kd_loss, {kind}"] = _ranges(choice.kd_loss(device, dtype))
+    return rows
+
+
+def _ranges(ranges: tuple[choice.Range, ...]) -> str:
+    return "; ".join(f"{name}: {reason}" for _, name, reason in ranges)
 
 
 def _cpu() -> str:

@@ -83,7 +83,8 @@ def model_facts(model: nn.Module, spec: ImageSpec, name: str) -> ModelFacts:
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
 
     image = torch.zeros(1, spec.channels, spec.height, spec.width, device=next(model.parameters()).device)
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.vitkd.attention: _attention_flops})
+    ours = dict.fromkeys((torch.ops.vitkd.attention, torch.ops.vitkd_triton.attention), _attention_flops)
+    counter = FlopCounterMode(display=False, custom_mapping=ours)
     with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # MATH: products the counter knows
         model(image)
     return ModelFacts(

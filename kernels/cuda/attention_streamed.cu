@@ -222,7 +222,8 @@ struct Backward {
                                 for (int i = 0; i < S::kColumns / 2; ++i) {
                                   const int query = first + i / 4 * 8 + accumulator_column(lane, i % 4);
                                   float& weight = weights[i / 4][i % 4];
-                                  weight = fast_exp2(weight * scale_log2 - shift[query]) * inverse[query];
+                                  const float factor = inverse[query];  // 0: no such query, and 0 * inf may be here
+                                  weight = factor == 0 ? 0 : fast_exp2(weight * scale_log2 - shift[query]) * factor;
                                   grads[i / 4][i % 4] = weight * (grads[i / 4][i % 4] - delta[query]);
                                 }
                                 multiply<T, D>(grad_value, weights, grad_out);

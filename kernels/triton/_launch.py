@@ -1,5 +1,7 @@
 """What every launch here checks and prepares."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,14 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def capability(tensor: Tensor) -> tuple[int, int]:
     """The compute capability of the tensor's device; Triton's interpreter, on the CPU, has the limits of none."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of all dimensions but the last, in elements; that of a dimension of one means nothing, and is 0 here."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]))
+
+
+def in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Strides in the largest unit of 1, 2, 4 or 8 elements that divides them all, and that unit."""
+    unit = math.gcd(8, *strides)
+    return tuple(stride // unit for stride in strides), unit

@@ -12,10 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitkd_fast.triton._launch import capability, check_dtype, unit_stride
-from vitkd_fast.triton._tiles import Tile, backward_tiles, forward_tile, padded_head_dim
+from vitkd_fast.triton._launch import capability, check_dtype, in_units, strides_of, unit_stride
+from vitkd_fast.triton._tiles import Split, Tile, backward_tiles, forward_tiles, padded_head_dim
+from vitkd_fast.triton._tune import best
 
-_SIZES = ("tokens", "heads")  # nothing is gained by compiling anew for multiples of 16 or for 1
+# Strides come in units of up to 8 elements, UNIT: that lets 16-byte loads be compiled, and they need not be looked at:
+# by itself Triton compiles anew for each mixture of strides that are 1, multiples of 16, or neither, and some of them
+# change with the batch size.
+_SIZES = ("tokens", "heads")
+_STRIDES = ("batch_units", "token_units", "part_units", "head_units")
+_GRAD_STRIDES = ("grad_batch_units", "grad_token_units", "grad_head_units")
 
 
 @triton.jit
@@ -24,6 +30,25 @@ def _locate(blocks, heads):
     program = tl.program_id(0)
     item = program // blocks
     return program % blocks, item.to(tl.int64), (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+
+
+@triton.jit
+def _stride(units, UNIT: tl.constexpr):
+    """In elements, and in 64 bits: a tensor of more than 2³¹ elements has such strides."""
+    return units.to(tl.int64) * UNIT
+
+
+@triton.jit
+def _head(base, batch, head, batch_units, head_units, UNIT: tl.constexpr):
+    return base + batch * _stride(batch_units, UNIT) + head * _stride(head_units, UNIT)
+
+
+@triton.jit
+def _parts(qkv, batch, head, batch_units, part_units, head_units, UNIT: tl.constexpr):
+    """Where this head's queries, keys and values begin."""
+    query = _head(qkv, batch, head, batch_units, head_units, UNIT)
+    stride_part = _stride(part_units, UNIT)
+    return query, query + stride_part, query + 2 * stride_part
 
 
 @triton.jit
@@ -56,18 +81,17 @@ def _finite(row_max):
     return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + _STRIDES)
 def _forward_kernel(
     qkv, out, log2_scale, tokens, heads,
-    stride_batch, stride_token, stride_part, stride_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch_units, token_units, part_units, head_units,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, _, batch, head = _locate(tl.cdiv(tokens, BLOCK_Q), heads)
     dims = tl.arange(0, BLOCK_D)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query_base = qkv + batch * stride_batch + head * stride_head
-    key_base = query_base + stride_part
-    value_base = key_base + stride_part
+    query_base, key_base, value_base = _parts(qkv, batch, head, batch_units, part_units, head_units, UNIT)
+    stride_token = _stride(token_units, UNIT)
 
     query = _load(query_base, rows, dims, stride_token, tokens, HEAD_DIM)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -90,11 +114,11 @@ def _forward_kernel(
     _store(out_base, mixed / row_sum[:, None], rows, dims, heads * HEAD_DIM, tokens, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + _STRIDES + _GRAD_STRIDES)
 def _backward_head_kernel(
     grad_out, qkv, grad_qkv, scale, log2_scale, tokens, heads,
-    stride_batch, stride_token, stride_part, stride_head, grad_stride_batch, grad_stride_token, grad_stride_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program is one head: BLOCK_K >= tokens, so a query's scores are all here and need no saved statistics.
 
@@ -103,10 +127,10 @@ def _backward_head_kernel(
     _, _, batch, head = _locate(1, heads)
     dims = tl.arange(0, BLOCK_D)
     columns = tl.arange(0, BLOCK_K)
-    query_base = qkv + batch * stride_batch + head * stride_head
-    key_base = query_base + stride_part
-    value_base = key_base + stride_part
-    grad_out_base = grad_out + batch * grad_stride_batch + head * grad_stride_head
+    query_base, key_base, value_base = _parts(qkv, batch, head, batch_units, part_units, head_units, UNIT)
+    stride_token = _stride(token_units, UNIT)
+    grad_out_base = _head(grad_out, batch, head, grad_batch_units, grad_head_units, UNIT)
+    grad_stride_token = _stride(grad_token_units, UNIT)
     packed_stride = 3 * heads * HEAD_DIM
     grad_query_base = grad_qkv + (batch * tokens * 3 * heads + head) * HEAD_DIM
     grad_key_base = grad_query_base + heads * HEAD_DIM
@@ -136,11 +160,11 @@ def _backward_head_kernel(
     _store(grad_value_base, grad_value, columns, dims, packed_stride, tokens, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + _STRIDES + _GRAD_STRIDES)
 def _backward_rows_kernel(
     grad_out, qkv, statistics, log2_scale, tokens, heads,
-    stride_batch, stride_token, stride_part, stride_head, grad_stride_batch, grad_stride_token, grad_stride_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each query's maximum score, 1 / (sum of its exponentials) and delta = sum_k weight * grad_weight.
 
@@ -149,10 +173,10 @@ def _backward_rows_kernel(
     block, item, batch, head = _locate(tl.cdiv(tokens, BLOCK_Q), heads)
     dims = tl.arange(0, BLOCK_D)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query_base = qkv + batch * stride_batch + head * stride_head
-    key_base = query_base + stride_part
-    value_base = key_base + stride_part
-    grad_out_base = grad_out + batch * grad_stride_batch + head * grad_stride_head
+    query_base, key_base, value_base = _parts(qkv, batch, head, batch_units, part_units, head_units, UNIT)
+    stride_token = _stride(token_units, UNIT)
+    grad_out_base = _head(grad_out, batch, head, grad_batch_units, grad_head_units, UNIT)
+    grad_stride_token = _stride(grad_token_units, UNIT)
 
     query = _load(query_base, rows, dims, stride_token, tokens, HEAD_DIM)
     grad_mixed = _load(grad_out_base, rows, dims, grad_stride_token, tokens, HEAD_DIM)
@@ -188,20 +212,20 @@ def _load_statistics(statistics, item, rows, tokens):
     return row_max, inverse_sum, delta
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + _STRIDES + _GRAD_STRIDES)
 def _backward_keys_kernel(
     grad_out, qkv, statistics, grad_qkv, scale, log2_scale, tokens, heads,
-    stride_batch, stride_token, stride_part, stride_head, grad_stride_batch, grad_stride_token, grad_stride_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys, over all queries. Scores stand as (keys, queries), as in the whole-head kernel."""
     block, item, batch, head = _locate(tl.cdiv(tokens, BLOCK_K), heads)
     dims = tl.arange(0, BLOCK_D)
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    query_base = qkv + batch * stride_batch + head * stride_head
-    key_base = query_base + stride_part
-    value_base = key_base + stride_part
-    grad_out_base = grad_out + batch * grad_stride_batch + head * grad_stride_head
+    query_base, key_base, value_base = _parts(qkv, batch, head, batch_units, part_units, head_units, UNIT)
+    stride_token = _stride(token_units, UNIT)
+    grad_out_base = _head(grad_out, batch, head, grad_batch_units, grad_head_units, UNIT)
+    grad_stride_token = _stride(grad_token_units, UNIT)
 
     key = _load(key_base, columns, dims, stride_token, tokens, HEAD_DIM)
     value = _load(value_base, columns, dims, stride_token, tokens, HEAD_DIM)
@@ -226,20 +250,20 @@ def _backward_keys_kernel(
     _store(grad_value_base, grad_value, columns, dims, packed_stride, tokens, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + _STRIDES + _GRAD_STRIDES)
 def _backward_queries_kernel(
     grad_out, qkv, statistics, grad_qkv, scale, log2_scale, tokens, heads,
-    stride_batch, stride_token, stride_part, stride_head, grad_stride_batch, grad_stride_token, grad_stride_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries, over all keys."""
     block, item, batch, head = _locate(tl.cdiv(tokens, BLOCK_Q), heads)
     dims = tl.arange(0, BLOCK_D)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query_base = qkv + batch * stride_batch + head * stride_head
-    key_base = query_base + stride_part
-    value_base = key_base + stride_part
-    grad_out_base = grad_out + batch * grad_stride_batch + head * grad_stride_head
+    query_base, key_base, value_base = _parts(qkv, batch, head, batch_units, part_units, head_units, UNIT)
+    stride_token = _stride(token_units, UNIT)
+    grad_out_base = _head(grad_out, batch, head, grad_batch_units, grad_head_units, UNIT)
+    grad_stride_token = _stride(grad_token_units, UNIT)
 
     query = _load(query_base, rows, dims, stride_token, tokens, HEAD_DIM)
     grad_mixed = _load(grad_out_base, rows, dims, grad_stride_token, tokens, HEAD_DIM)
@@ -279,12 +303,16 @@ def attention(qkv: Tensor, scale: float) -> Tensor:
     if batch == 0:
         return out
     block_d = padded_head_dim(head_dim)
-    tile = forward_tile(tokens, block_d, qkv.dtype)
-    with torch.cuda.device_of(qkv):
+    strides, unit = in_units(strides_of(qkv))
+
+    def run(tile: Tile) -> None:
         _forward_kernel[(batch * heads * triton.cdiv(tokens, tile.block_q),)](
-            qkv, out, scale * math.log2(math.e), tokens, heads, *qkv.stride()[:4],
-            HEAD_DIM=head_dim, BLOCK_D=block_d, **tile.options(),
+            qkv, out, scale * math.log2(math.e), tokens, heads, *strides,
+            UNIT=unit, HEAD_DIM=head_dim, BLOCK_D=block_d, **tile.options(),
         )  # fmt: skip
+
+    with torch.cuda.device_of(qkv):
+        run(best("forward", forward_tiles(tokens, block_d, qkv.dtype), run, qkv))
     return out
 
 
@@ -310,25 +338,28 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, scale: float) -> Tensor:
     if batch == 0:
         return grad_qkv
     block_d = padded_head_dim(head_dim)
-    tiles = backward_tiles(tokens, block_d, qkv.dtype, capability(qkv))
     items, log2_scale = batch * heads, scale * math.log2(math.e)
-    strides = *qkv.stride()[:4], *grad_out.stride()[:2], head_dim
-    dims = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    with torch.cuda.device_of(qkv):
+    strides, unit = in_units((*strides_of(qkv), *strides_of(grad_out), head_dim))
+    constants = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+
+    def run(tiles: Tile | Split) -> None:
         if isinstance(tiles, Tile):
             _backward_head_kernel[(items,)](
-                grad_out, qkv, grad_qkv, scale, log2_scale, tokens, heads, *strides, **dims, **tiles.options()
+                grad_out, qkv, grad_qkv, scale, log2_scale, tokens, heads, *strides, **constants, **tiles.options()
             )
-            return grad_qkv
+            return
         statistics = torch.empty(items, 3, tokens, dtype=torch.float32, device=qkv.device)
         _backward_rows_kernel[(items * triton.cdiv(tokens, tiles.rows.block_q),)](
-            grad_out, qkv, statistics, log2_scale, tokens, heads, *strides, **dims, **tiles.rows.options()
+            grad_out, qkv, statistics, log2_scale, tokens, heads, *strides, **constants, **tiles.rows.options()
         )
         shared = grad_out, qkv, statistics, grad_qkv, scale, log2_scale, tokens, heads, *strides
         _backward_keys_kernel[(items * triton.cdiv(tokens, tiles.keys.block_k),)](
-            *shared, **dims, **tiles.keys.options()
+            *shared, **constants, **tiles.keys.options()
         )
         _backward_queries_kernel[(items * triton.cdiv(tokens, tiles.queries.block_q),)](
-            *shared, **dims, **tiles.queries.options()
+            *shared, **constants, **tiles.queries.options()
         )
+
+    with torch.cuda.device_of(qkv):
+        run(best("backward", backward_tiles(tokens, block_d, qkv.dtype, capability(qkv)), run, qkv))
     return grad_qkv

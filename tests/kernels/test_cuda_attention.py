@@ -18,7 +18,7 @@ host = importlib.import_module("emulator")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Heads of these widths and of at most that many tokens are computed whole in shared memory, if it is of 16-bit elements and
+# Heads of these widths that are not too long are computed whole in shared memory, if they are of 16-bit elements and
 # aligned; all others are streamed through it.
 WHOLE = (32, 64)
 SHAPES = (  # tokens, heads, head_dim: every token count and every padded width, large with narrow
@@ -171,6 +171,20 @@ def test_nan_and_inf_come_out_where_the_formula_has_them(cuda, head_dim, part, v
     )
     assert not grad[:, :, :, 1][~expected[:, :, :, 1].isfinite()].isfinite().any()
     assert torch.equal(grad[:, :, :, 0].isfinite(), expected[:, :, :, 0].isfinite())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (16, 32))
+def test_a_key_that_nobody_looks_at_may_be_infinite(cuda, head_dim, dtype):
+    """Its logits are -inf and its weights 0, but for the zeros that stand for queries past the last one: 0 * inf."""
+    qkv, grad_out, scale = inputs(18, 1, head_dim, dtype)
+    qkv[:, :, 0, :, 3] = qkv[:, :, 0, :, 3].abs() + 0.1
+    qkv[0, 5, 1, 0, 3] = -float("inf")
+    expected = attention_backward_formula(grad_out.float(), qkv.float(), scale)[:, :, 1:]
+    grad = cuda.attention_backward(grad_out, qkv, scale)[:, :, 1:]
+    assert expected.isfinite().all()
+    assert torch.allclose(grad.float(), expected, atol=0.05)
+    assert torch.allclose(cuda.attention(qkv, scale).float(), attention_formula(qkv.float(), scale), atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,6 @@
 """Triton's attention against the formula in exact arithmetic: on CUDA, or under Triton's interpreter."""
 
+import importlib
 import os
 
 import pytest
@@ -13,8 +14,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no CUDA device; test_triton_interpreter.py runs this file interpreted", allow_module_level=True)
 
-from vitkd_fast.triton._tiles import Tile, backward_tiles, padded_head_dim  # noqa: E402
+from vitkd_fast.triton._launch import capability  # noqa: E402
+from vitkd_fast.triton._tiles import Tile, backward_tiles, forward_tiles, padded_head_dim  # noqa: E402
 from vitkd_fast.triton.attention import attention, attention_backward  # noqa: E402
+
+module_under_test = importlib.import_module("vitkd_fast.triton.attention")  # the package's attribute is the function
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter computes bfloat16 products wrongly (errors of 1e8), so bfloat16 waits for a GPU.
@@ -66,13 +70,26 @@ def test_every_size(size, dtype):
 
 def test_the_sizes_reach_every_backward():
     """Both ways of splitting a head are in the list above, at every padded width."""
-    capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability()
+    chip = capability(torch.empty(0, device=DEVICE))
     for dtype in DTYPES:
-        kinds = {(padded_head_dim(d), type(backward_tiles(n, padded_head_dim(d), dtype, capability))) for n, d in SIZES}
+        kinds = {(padded_head_dim(d), type(backward_tiles(n, padded_head_dim(d), dtype, chip)[0])) for n, d in SIZES}
         whole_heads = {width for width, kind in kinds if kind is Tile}
         split_heads = {width for width, kind in kinds if kind is not Tile}
         assert whole_heads == {16, 32, 64, 128}
         assert split_heads >= ({128} if INTERPRETED and dtype is not torch.float32 else {16, 32, 64, 128})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(15, 16), (23, 24), (50, 32), (65, 16), (130, 32)], ids="N{0[0]}_D{0[1]}".format)
+def test_every_tile_that_tuning_may_choose(size, dtype, monkeypatch):
+    tokens, head_dim = size
+    qkv, grad_out = draw(3, tokens, 1, head_dim, dtype)
+    width = padded_head_dim(head_dim)
+    forward, backward = forward_tiles(tokens, width, dtype), backward_tiles(tokens, width, dtype, capability(qkv))
+    assert len(forward) > 1 and len(backward) > 1
+    for i in range(max(len(forward), len(backward))):
+        monkeypatch.setattr(module_under_test, "best", lambda kind, tiles, *_, i=i: tiles[min(i, len(tiles) - 1)])
+        check(qkv, grad_out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,16 +254,41 @@ def test_offsets_beyond_31_bits(tokens):
 
 @gpu_only
 def test_one_compilation_for_all_batch_sizes(monkeypatch):
+    """In any layout, also those whose strides grow with the batch, and at a width that divides nothing."""
     import triton
 
     compiled = []
-    for batch in (2, 1, 3, 16, 64, 1000):
-        attention_backward(*reversed(draw(batch, 23, 3, 64, torch.bfloat16)), 0.125)
-        attention(draw(batch, 23, 3, 64, torch.bfloat16)[0], 0.125)
-        if batch == 2:
+    for batch in (3, 2, 1, 16, 64, 1000):
+        for head_dim in (24, 64):
+            qkv, grad_out = draw(batch, 23, 3, head_dim, torch.bfloat16)
+            for layout in (torch.clone, tokens_first, heads_first):
+                attention(layout(qkv), 0.125), attention_backward(grad_out, layout(qkv), 0.125)
+        if batch == 3:
             hook = lambda **about: compiled.append(about)  # noqa: E731
             monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
     assert compiled == []
+
+
+@gpu_only
+def test_tuning_measures_once_and_never_while_a_graph_is_captured(monkeypatch):
+    tune = importlib.import_module("vitkd_fast.triton._tune")
+    for name, value in (("TUNE", True), ("_best", {}), ("_measured", [])):
+        monkeypatch.setattr(tune, name, value)
+    qkv, grad_out = draw(8, 197, 3, 64, torch.bfloat16)
+    attention(qkv, 0.125), attention_backward(grad_out, qkv, 0.125)  # compiles, outside the graph
+    found, tune._best, tune._measured = tune.measured(), {}, []
+    assert [each["kind"] for each in found] == ["forward", "backward"]
+    assert all(min(each["times"]) > 0 for each in found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(qkv, 0.125)
+    graph.replay()
+    assert tune._measured == [] and tune._best == {}
+    exact = attention_formula(qkv.double(), 0.125)
+    assert_follows_rule(out, exact, attention_formula(qkv, 0.125), "out")
+    for _ in range(2):
+        check(*draw(4, 200, 2, 64, torch.bfloat16))  # the same step of 16 tokens
+    assert len(tune._measured) == 2
 
 
 @gpu_only

@@ -14,10 +14,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from vitkd_fast.ops.kd_loss import KINDS  # noqa: E402
-from vitkd_fast.triton._tiles import Tile, backward_tiles, forward_tile, padded_head_dim  # noqa: E402
+from vitkd_fast.triton._tiles import Tile, backward_tiles, forward_tiles, padded_head_dim  # noqa: E402
 
 attention = importlib.import_module("vitkd_fast.triton.attention")  # the package's attribute is the function
 kd_loss = importlib.import_module("vitkd_fast.triton.kd_loss")
@@ -39,7 +40,7 @@ def compiled(kernel, chip, pointers, constants, num_warps, num_stages=3):
             types[name] = "*" + pointers[name]
         else:
             types[name] = "fp32" if name in ("scale", "log2_scale", "temperature", "weight") else "i32"
-        if name in pointers or "stride" in name:
+        if name in pointers:
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constexprs=constants, attrs=hints)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -60,41 +61,88 @@ def figures(ptx, chip, folder):
 
 
 def attention_kernels(tokens, head_dim, dtype, chip):
+    """Every kernel and tile that may be launched for such a head, tuned or not."""
     width = padded_head_dim(head_dim)
-    yield attention._forward_kernel, forward_tile(tokens, width, dtype)
-    tiles = backward_tiles(tokens, width, dtype, (chip // 10, chip % 10))
-    if isinstance(tiles, Tile):
-        yield attention._backward_head_kernel, tiles
-    else:
-        yield attention._backward_rows_kernel, tiles.rows
-        yield attention._backward_keys_kernel, tiles.keys
-        yield attention._backward_queries_kernel, tiles.queries
+    for tile in forward_tiles(tokens, width, dtype):
+        yield attention._forward_kernel, tile
+    for tiles in backward_tiles(tokens, width, dtype, (chip // 10, chip % 10)):
+        if isinstance(tiles, Tile):
+            yield attention._backward_head_kernel, tiles
+        else:
+            yield attention._backward_rows_kernel, tiles.rows
+            yield attention._backward_keys_kernel, tiles.keys
+            yield attention._backward_queries_kernel, tiles.queries
 
 
 @pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize(
-    "dtype, tokens, head_dim",
-    [(torch.bfloat16, tokens, 64) for tokens in (17, 50, 65, 197, 577)]
-    + [(torch.bfloat16, 65, 32), (torch.bfloat16, 197, 128), (torch.float32, 197, 64)],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
-def test_attention(dtype, tokens, head_dim, chip, tmp_path, record_property):
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_attention(dtype, head_dim, chip, tmp_path, record_property):
     """Fits the chip and spills nothing; 16-byte accesses and tensor cores where they are meant."""
     pointers = dict.fromkeys(("qkv", "out", "grad_out", "grad_qkv"), TYPES[dtype]) | {"statistics": "fp32"}
-    for kernel, tile in attention_kernels(tokens, head_dim, dtype, chip):
-        constants = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
+    kernels = {
+        each: None for n in (16, 17, 50, 65, 128, 197, 577) for each in attention_kernels(n, head_dim, dtype, chip)
+    }
+    for kernel, tile in kernels:
+        constants = {"UNIT": 8, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
         constants |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
         ptx, shared = compiled(kernel, chip, pointers, constants, tile.num_warps, tile.num_stages)
         registers, spilled = figures(ptx, chip, tmp_path)
         name = kernel.__name__.strip("_")
-        line = f"sm_{chip} {TYPES[dtype]} N={tokens} D={head_dim} {name}: {registers} registers, {shared} B shared"
+        line = f"sm_{chip} {TYPES[dtype]} D={head_dim} {name} {tile}: {registers} registers, {shared} B shared"
         record_property(name, line)
         print(line)
         assert spilled == 0, f"{line}, {spilled} B spilled"
         assert shared <= SHARED_LIMIT[chip], line
-        assert re.search(r"ld\.global\S*\.v4|cp\.async\.\S* \[[^]]*\], \[[^]]*\], 0x10", ptx), f"{line}: narrow loads"
+        share = min(tile.block_q, tile.block_k) * constants["BLOCK_D"] // (32 * tile.num_warps)  # of a tile, per thread
+        if share * dtype.itemsize >= 16:
+            assert re.search(r"ld\.global\S*\.v4|cp\.async\.\S* \[[^]]*\], \[[^]]*\], 0x10", ptx), f"{line}: narrow"
         if dtype is torch.bfloat16:
             assert "wgmma" in ptx or "mma.sync" in ptx, f"{line}: no tensor cores"
+
+
+class Launches:
+    """Stands in for a kernel: notes what it would be compiled for, and launches nothing."""
+
+    def __init__(self, kernel, seen):
+        self.kernel, self.seen = kernel, seen
+        self.bind = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+        )
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options):
+        _, specialization, options = self.bind(*args, **options)
+        self.seen.add((self.kernel.__name__, str(specialization), str(options)))
+
+
+@pytest.mark.parametrize("tokens", [23, 300])  # one backward kernel; three
+@pytest.mark.parametrize("head_dim", [7, 20, 64])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (2, 0, 3, 1, 4)], ids=str)
+def test_one_compilation_for_all_batch_sizes(order, head_dim, tokens, monkeypatch):
+    """In any order of the dimensions in memory: strides that grow with the batch are not what is compiled for.
+
+    Where head_dim is no multiple of 8, strides of one batch size may have a larger common divisor than those of
+    another: at most one more kernel for each unit (1, 2, 4, 8 elements), never one per batch size.
+    """
+    seen = set()
+    for name in ("forward", "backward_head", "backward_rows", "backward_keys", "backward_queries"):
+        kernel = getattr(attention, f"_{name}_kernel")
+        monkeypatch.setattr(attention, f"_{name}_kernel", Launches(kernel, seen))
+    counts = {}
+    for batch in (3, 1, 2, 4, 5, 8, 16, 17, 64):
+        shape = (batch, tokens, 3, 3, head_dim)
+        memory = torch.empty([shape[dim] for dim in order], dtype=torch.bfloat16)
+        qkv = memory.permute([order.index(dim) for dim in range(5)])
+        assert qkv.shape == shape
+        out = attention.attention(qkv, 0.125)
+        attention.attention_backward(out, qkv, 0.125)
+        counts[batch] = len(seen)
+    assert counts[3] == (2 if tokens == 23 else 4)
+    units = 1 if head_dim % 8 == 0 or order == (0, 1, 2, 3, 4) else 3 if head_dim % 4 == 0 else 4
+    assert counts[64] <= units * counts[3], counts
 
 
 @pytest.mark.parametrize("chip, classes", [(90, 1), (90, 10), (90, 1000), (90, 8192), (90, 65_536), (80, 1000)])

@@ -17,6 +17,7 @@ from vitkd_fast.ops.kd_loss import KINDS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMESPACES = (torch.ops.vitkd, torch.ops.vitkd_triton)
 
 
 def packed(*shape, dtype=torch.float32, device="cpu"):
@@ -43,9 +44,10 @@ class TestOpcheck:
 
     @pytest.mark.parametrize("requires_grad", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_attention(self, device, dtype, requires_grad):
+    @pytest.mark.parametrize("ops", NAMESPACES, ids=lambda ops: ops.name)
+    def test_attention(self, device, ops, dtype, requires_grad):
         qkv = packed(2, 17, 3, 2, 32, dtype=dtype, device=device).requires_grad_(requires_grad)
-        torch.library.opcheck(torch.ops.vitkd.attention.default, (qkv, 0.2))
+        torch.library.opcheck(ops.attention.default, (qkv, 0.2))
 
     @pytest.mark.parametrize("shape", [(2, 1, 3, 2, 16), (2, 5, 3, 1, 16), (0, 5, 3, 2, 16), (1, 1, 3, 1, 7)])
     def test_attention_of_small_sizes(self, device, shape):
@@ -56,18 +58,20 @@ class TestOpcheck:
         torch.library.opcheck(torch.ops.vitkd.attention.default, (qkv, 0.2))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_attention_backward(self, device, dtype):
+    @pytest.mark.parametrize("ops", NAMESPACES, ids=lambda ops: ops.name)
+    def test_attention_backward(self, device, ops, dtype):
         qkv = packed(2, 17, 3, 2, 32, dtype=dtype, device=device)
         grad_out = packed(1, 1, 1, dtype=dtype, device=device).expand(2, 17, 64)
-        torch.library.opcheck(torch.ops.vitkd.attention_backward.default, (grad_out, qkv, 0.2))
+        torch.library.opcheck(ops.attention_backward.default, (grad_out, qkv, 0.2))
 
     @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)], ids=str)
     @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
-    def test_kd_loss(self, device, kind, wanted):
+    @pytest.mark.parametrize("ops", NAMESPACES, ids=lambda ops: ops.name)
+    def test_kd_loss(self, device, ops, kind, wanted):
         student, teacher = (
             tensor.requires_grad_(want) for tensor, want in zip(logits(device=device), wanted, strict=True)
         )
-        torch.library.opcheck(torch.ops.vitkd.kd_loss.default, (student, teacher, kind, 1.0, *wanted))
+        torch.library.opcheck(ops.kd_loss.default, (student, teacher, kind, 1.0, *wanted))
 
     @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
     def test_kd_loss_in_low_precision(self, device, dtype):
@@ -98,29 +102,31 @@ def loss_and_grads(function, module, *inputs):
     return loss, *torch.autograd.grad(loss, (*module.parameters(), inputs[-1]))
 
 
-def distilling_inputs(batch, tokens):
-    return packed(batch, tokens, 32), packed(batch, 10).requires_grad_()
+def distilling_inputs(batch, tokens, device="cpu"):
+    return packed(batch, tokens, 32, device=device), packed(batch, 10, device=device).requires_grad_()
 
 
 class TestCompile:
-    def test_one_graph(self):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_one_graph(self, device):
         """Through inductor, with gradients to the weights and to the teacher's logits."""
         torch.manual_seed(0)
-        module, inputs = Distilling(), distilling_inputs(4, 17)
+        module, inputs = Distilling().to(device), distilling_inputs(4, 17, device)
         compiled = torch.compile(module, fullgraph=True)
         for result, expected in zip(
             loss_and_grads(compiled, module, *inputs), loss_and_grads(module, module, *inputs), strict=True
         ):
             torch.testing.assert_close(result, expected)
 
-    def test_one_graph_for_all_sizes(self):
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_one_graph_for_all_sizes(self, device):
         """aot_eager: the traced graph with symbolic sizes; a second size must not compile again."""
         torch.manual_seed(0)
         torch._dynamo.reset()
-        module, counter = Distilling(), CompileCounterWithBackend("aot_eager")
+        module, counter = Distilling().to(device), CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
         for batch, tokens in ((4, 17), (3, 50), (7, 198)):
-            inputs = distilling_inputs(batch, tokens)
+            inputs = distilling_inputs(batch, tokens, device)
             for result, expected in zip(
                 loss_and_grads(compiled, module, *inputs), loss_and_grads(module, module, *inputs), strict=True
             ):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkd_fast import choice
 from vitkd_fast.ops._library import autocast_dtype, define, differentiate, forbid_double_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,9 +52,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(qkv)
 
 
-def _backward(ctx, grad_out):
+def _backward(ops, ctx, grad_out):
     (qkv,) = ctx.saved_tensors
-    return torch.ops.vitkd.attention_backward(grad_out, qkv, ctx.scale), None, None
+    return ops.attention_backward(grad_out, qkv, ctx.scale), None, None
 
 
 differentiate("attention", _backward, _setup_context)
@@ -75,31 +76,45 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         ValueError: qkv is not (B, N, 3, H, D) with N, H, D >= 1.
         TypeError: qkv's dtype is none of the above.
 
-    Heads wider than 128, and a single token, are computed by torch's scaled_dot_product_attention. The gradient is
-    deterministic and has no second derivative. Source: Vaswani et al. 2017, eq. 1.
+    Heads wider than 128, a single token and, on a GPU, sequences of more tokens than our kernels are good for (see
+    `vitkd_fast.choice`) are computed by torch's scaled_dot_product_attention. The gradient is deterministic wherever
+    ours compute it, and has no second derivative. Source: Vaswani et al. 2017, eq. 1.
     """
     _check(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     dtype = autocast_dtype(qkv)
-    fused = fallback_reason(qkv.device.type, dtype, qkv.shape[-1], qkv.shape[1]) is None
-    if fused and qkv.device.type == "cpu" and (qkv.dtype, dtype) == (torch.float32, torch.bfloat16):
+    name, _ = choose(qkv.device, dtype, qkv.shape[-1], qkv.shape[1])
+    if name == "sdpa":
+        query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    if qkv.device.type == "cpu" and (qkv.dtype, dtype) == (torch.float32, torch.bfloat16):
         return torch.ops.vitkd.attention(qkv, scale, True)
-    qkv = qkv.to(dtype)
-    if fused:
-        return torch.ops.vitkd.attention(qkv, scale)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    ops = torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
+    return ops.attention(qkv.to(dtype), scale)
 
 
-def fallback_reason(device: str, dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
-    """Why attention of this kind goes to torch's scaled_dot_product_attention; None when the fused op takes it."""
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[choice.Name, str]:
+    """Who computes attention of this kind, "native" standing for what the dispatcher has, and why."""
     if head_dim > MAX_HEAD_DIM:
-        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
+        return "sdpa", f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
     if tokens == 1:
-        return "one token attends to itself alone: there is nothing to fuse"
-    if device == "cuda" and dtype is torch.float64:
-        return "the CUDA kernels have no float64"
-    return None
+        return "sdpa", "one token attends to itself alone: there is nothing to fuse"
+    if device.type != "cuda":
+        return "native", "the dispatcher has one implementation for this device"
+    if dtype is torch.float64:
+        return "sdpa", "the CUDA kernels have no float64"
+    for width, ranges in choice.attention(device, dtype):
+        if width is None or head_dim == width:
+            for most, name, reason in ranges:
+                if most is None or tokens <= most:
+                    return name, reason
+    raise AssertionError("the last range of the last width has no end")
+
+
+def fallback_reason(device: torch.device | str, dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
+    """Why attention of this kind goes to torch's scaled_dot_product_attention; None when the fused op takes it."""
+    name, reason = choose(torch.device(device), dtype, head_dim, tokens)
+    return reason if name == "sdpa" else None
 
 
 def _check(qkv: Tensor) -> None:

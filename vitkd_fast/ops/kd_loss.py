@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vitkd_fast import choice
 from vitkd_fast.ops._library import define, differentiate
 
 Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
@@ -132,7 +133,7 @@ def _scaled(ctx, factor: Tensor | None) -> list[Tensor | None]:
     return grads
 
 
-def _backward(ctx, grad_rows, *_):
+def _backward(ops, ctx, grad_rows, *_):
     if grad_rows is None:
         return (None,) * 7
     return *_scaled(ctx, (grad_rows / ctx.weight).unsqueeze(1)), None, None, None, None, None
@@ -149,7 +150,7 @@ class _Mean(torch.autograd.Function):
         weight = 1.0 if student.dtype is torch.float16 else share
         ctx.rest = share / weight
         wanted = ctx.needs_input_grad[:2]
-        rows, *grads = torch.ops.vitkd.kd_loss(student, teacher, kind, temperature, *wanted, weight)
+        rows, *grads = _ops(student).kd_loss(student, teacher, kind, temperature, *wanted, weight)
         ctx.save_for_backward(*grads)
         return rows.mean()
 
@@ -157,6 +158,15 @@ class _Mean(torch.autograd.Function):
     def backward(ctx, grad):
         unchanged = ctx.rest == 1 and _is_one(grad)
         return *_scaled(ctx, None if unchanged else grad * ctx.rest), None, None
+
+
+def _ops(logits: Tensor):
+    """The namespace whose kernel takes these logits."""
+    if logits.device.type == "cuda":
+        for most, name, _ in choice.kd_loss(logits.device, logits.dtype):
+            if most is None or logits.shape[1] <= most:
+                return torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
+    return torch.ops.vitkd
 
 
 def _is_one(grad: Tensor) -> bool:
@@ -204,7 +214,7 @@ def kd_loss(
         arguments = KINDS.index(kind), float(temperature)
         if any(wanted) and reduction == "batchmean" and not torch.compiler.is_compiling():
             return _Mean.apply(student, teacher, *arguments)
-        rows, _, _ = torch.ops.vitkd.kd_loss(student, teacher, *arguments, *wanted)
+        rows, _, _ = _ops(student).kd_loss(student, teacher, *arguments, *wanted)
     return rows.mean() if reduction == "batchmean" else rows
 
 

@@ -1,0 +1,381 @@
+"""Who takes attention and the losses on a GPU: the default, a measured table, the wish; and how that table is made."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vitkd_fast import backends, choice, ops
+from vitkd_fast.doctor import doctor
+from vitkd_fast.ops.attention import choose, fallback_reason
+
+ROOT = Path(__file__).parents[1]
+CUDA = torch.device("cuda", 0)
+GPU = {"gpu": "NVIDIA Test", "capability": [9, 0]}
+
+MIXED = {
+    **GPU,
+    "attention": {"16-bit": {"64": [[57, "triton"], [400, "native"], [None, "sdpa"]]}},
+    "kd_loss": {"32-bit": [[100, "native"], [None, "triton"]]},
+}
+
+needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """A machine with these entries in its table, kernels and wish, and with a GPU of that name."""
+
+    def pretend(*entries, kernels=("native", "triton"), wish=""):
+        monkeypatch.setattr(choice, "table", cache(lambda: entries))
+        monkeypatch.setattr(choice, "WISH", wish)
+        monkeypatch.setattr(backends, "cuda_kernels", lambda: kernels)
+        monkeypatch.setattr(choice, "_model", lambda device: (GPU["gpu"], GPU["capability"]))
+        choice.forget()
+
+    yield pretend
+    monkeypatch.undo()
+    choice.forget()
+
+
+def names(dtype, head_dim, *tokens):
+    return [choose(CUDA, dtype, head_dim, each)[0] for each in tokens]
+
+
+def test_the_shipped_table_is_well_formed():
+    for entry in choice.table():
+        assert entry["gpu"] and len(entry["capability"]) == 2 and entry["measured"]
+        for widths in entry.get("attention", {}).values():
+            for ranges in widths.values():
+                check_ranges(ranges)
+        for ranges in entry.get("kd_loss", {}).values():
+            check_ranges(ranges)
+
+
+def check_ranges(ranges):
+    *limits, last = [most for most, _ in ranges]
+    assert last is None and limits == sorted(set(limits))
+    assert {name for _, name in ranges} <= {"native", "triton", "sdpa"}
+
+
+def test_without_a_measurement_there_is_a_default_that_says_so(pretend):
+    pretend({**GPU, "gpu": "another"})
+    assert names(torch.bfloat16, 64, 2, 197, 208, 209, 577) == ["native"] * 3 + ["sdpa"] * 2
+    assert names(torch.float16, 32, 208, 209) == ["native", "sdpa"]
+    assert names(torch.float32, 64, 112, 113) == ["native", "sdpa"]
+    assert names(torch.bfloat16, 128, 112, 113) == ["native", "sdpa"]
+    assert fallback_reason("cuda:0", torch.bfloat16, 64, 197) is None
+    assert fallback_reason("cuda:0", torch.bfloat16, 64, 577) == "more than 208 tokens (default, not measured)"
+    assert [each.name for each in choice.kd_loss(CUDA, torch.float32)] == ["native"]
+
+
+def test_a_measured_gpu_goes_by_its_table(pretend):
+    widths = {"64": [[57, "triton"], [400, "native"], [None, "sdpa"]], "32": [[None, "sdpa"]]}
+    pretend(
+        {**GPU, "capability": [8, 0], "attention": {"16-bit": {"64": [[None, "sdpa"]]}}},
+        {**GPU, "attention": {"16-bit": widths}, "kd_loss": {"16-bit": [[1000, "native"], [None, "triton"]]}},
+    )
+    assert names(torch.bfloat16, 64, 50, 57, 58, 400, 401) == ["triton", "triton", "native", "native", "sdpa"]
+    assert names(torch.float16, 32, 50) == ["sdpa"]
+    assert fallback_reason(CUDA, torch.float16, 32, 50) == "any tokens (measured)"
+    assert fallback_reason(CUDA, torch.float16, 64, 401) == "tokens above 400 (measured)"
+    assert names(torch.bfloat16, 48, 50, 577) == ["native", "sdpa"]  # neither this width
+    assert names(torch.float32, 64, 50, 577) == ["native", "sdpa"]  # nor this dtype was measured
+    assert [each.name for each in choice.kd_loss(CUDA, torch.float16)] == ["native", "triton"]
+    text = str(doctor())
+    assert "native: 58 to 400 tokens (measured); sdpa: tokens above 400 (measured)" in text
+    assert "any other head_dim" in text and "(default, not measured)" in text
+
+
+def test_what_the_kernels_cannot_take_goes_to_torch_whatever_the_table_says(pretend):
+    pretend(wish="native")
+    assert names(torch.bfloat16, 64, 1, 2, 5000) == ["sdpa", "native", "native"]
+    assert names(torch.bfloat16, 129, 50) == ["sdpa"]
+    assert names(torch.float64, 64, 50) == ["sdpa"]
+
+
+@pytest.mark.parametrize("wish", ["native", "triton", "sdpa"])
+def test_the_wish_overrides_default_and_table(pretend, wish):
+    pretend(
+        {**GPU, "attention": {"16-bit": {"64": [[None, "native"]]}}, "kd_loss": {"16-bit": [[None, "native"]]}},
+        wish=wish,
+    )
+    for head_dim in (32, 64):
+        assert names(torch.bfloat16, head_dim, 50, 577) == [wish, wish]
+    assert [each.name for each in choice.kd_loss(CUDA, torch.bfloat16)] == ["native" if wish == "sdpa" else wish]
+
+
+def test_kernels_that_are_not_there_are_replaced(pretend):
+    entry = {**GPU, "attention": {"16-bit": {"64": [[100, "native"], [200, "triton"], [None, "sdpa"]]}}}
+    for kernels, expected in (
+        (("native",), ["native", "native", "sdpa"]),
+        (("triton",), ["triton", "triton", "sdpa"]),
+        ((), ["sdpa", "sdpa", "sdpa"]),
+    ):
+        pretend(entry, kernels=kernels)
+        assert names(torch.bfloat16, 64, 50, 150, 250) == expected
+    assert fallback_reason(CUDA, torch.bfloat16, 64, 50) == "no CUDA kernels here"
+
+
+def test_a_cpu_is_never_asked(monkeypatch):
+    for name in ("attention", "kd_loss"):
+        monkeypatch.setattr(choice, name, lambda *_: pytest.fail("the table is for GPUs"))
+    qkv = torch.randn(1, 577, 3, 1, 16, requires_grad=True)
+    ops.attention(qkv).sum().backward()
+    ops.kd_loss(qkv.flatten(1), qkv.flatten(1).detach(), reduction="none").sum().backward()
+    assert fallback_reason("cpu", torch.float32, 16, 577) is None
+
+
+@pytest.mark.parametrize("namespace", ["vitkd", "vitkd_triton"])
+def test_the_backward_is_that_of_the_forward(namespace):
+    qkv = torch.randn(2, 5, 3, 2, 16, requires_grad=True)
+    out = getattr(torch.ops, namespace).attention(qkv, 0.25)
+    with Seen() as seen:
+        torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert [name for name in seen.names if "vitkd" in name] == [f"{namespace}.attention_backward.default"]
+
+
+@needs_cuda_build
+class TestCalls:
+    """Tensors of no GPU: what is called, and what is compiled, needs none."""
+
+    def test_eager(self, pretend):
+        pretend(MIXED)
+        with FakeTensorMode(), Seen() as seen:
+            for tokens in (50, 197):
+                out = ops.attention(torch.empty(2, tokens, 3, 3, 64, device=CUDA, dtype=torch.bfloat16))
+                assert out.shape == (2, tokens, 192) and out.device == CUDA
+            for classes in (100, 101):
+                ops.kd_loss(*torch.empty(2, 8, classes, device=CUDA), reduction="none")
+        assert [name.removesuffix(".default") for name in seen.names if "vitkd" in name] == [
+            "vitkd_triton.attention",
+            "vitkd.attention",
+            "vitkd.kd_loss",
+            "vitkd_triton.kd_loss",
+        ]
+
+    def test_one_graph_for_the_sizes_of_a_range(self, pretend):
+        """No graph break; a second graph only where somebody else takes over."""
+        pretend(MIXED)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(ops.attention, fullgraph=True, dynamic=True, backend=counter)
+        counts = []
+        with FakeTensorMode():
+            for batch, tokens in ((2, 197), (3, 65), (8, 300), (2, 50), (4, 17), (2, 577), (3, 600)):
+                compiled(torch.empty(batch, tokens, 3, 3, 64, device=CUDA, dtype=torch.bfloat16))
+                counts.append(counter.frame_count)
+        assert counts == [1, 1, 1, 2, 2, 3, 3]
+        targets = [str([node.target for node in graph.graph.nodes]) for graph in counter.graphs]
+        assert ["vitkd.attention" in t for t in targets] == [True, False, False]
+        assert ["vitkd_triton.attention" in t for t in targets] == [False, True, False]
+        assert "scaled_dot_product_attention" in targets[2]
+
+    def test_one_graph_of_the_loss_for_the_sizes_of_a_range(self, pretend):
+        pretend(MIXED)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(ops.kd_loss, fullgraph=True, dynamic=True, backend=counter)
+        counts = []
+        with FakeTensorMode():
+            for rows, classes in ((8, 10), (9, 100), (10, 101), (11, 1000), (12, 20)):
+                compiled(*torch.empty(2, rows, classes, device=CUDA))
+                counts.append(counter.frame_count)
+        assert counts == [1, 1, 2, 2, 2]
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def run(code, **environ):
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("VITKD_")} | environ
+    return subprocess.run([sys.executable, "-W", "always", "-c", code], env=environ, capture_output=True, text=True)
+
+
+def test_importing_leaves_cuda_alone():
+    done = run(
+        "import torch, vitkd_fast; vitkd_fast.ops.attention(torch.zeros(1, 2, 3, 1, 8));"
+        "assert not torch.cuda.is_initialized()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wish_that_means_nothing_is_named():
+    done = run("import vitkd_fast", VITKD_CUDA_BACKEND="cudnn")
+    assert done.returncode == 0
+    assert "VITKD_CUDA_BACKEND=cudnn is ignored; accepted: native, triton, sdpa." in done.stderr
+
+
+@needs_cuda_build
+def test_a_wish_that_cannot_be_had_is_named():
+    done = run("import vitkd_fast", VITKD_CUDA_BACKEND="native", VITKD_NO_NATIVE="1")
+    assert done.returncode == 0
+    assert "VITKD_CUDA_BACKEND=native cannot be had: VITKD_NO_NATIVE is set." in done.stderr
+
+
+def choose_py():
+    path = ROOT / "benchmarks/choose.py"
+    if not path.exists():
+        pytest.skip("the benchmarks are not here")
+    spec = importlib.util.spec_from_file_location("choose", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(benchmark="attention", date="2026-01-01", gpu="NVIDIA Test", tiles=(), **cases):
+    """A record as the benchmarks write it; the cases are {case: {contender: median}}."""
+    rows = [
+        {
+            "case": case,
+            "direction": direction,
+            "contender": contender,
+            "median": median,
+            "correct": contender != "wrong",
+        }
+        for case, times in cases.items()
+        for contender, median in times.items()
+        for direction in ("forward", "forward+backward")
+    ]
+    machine = {"gpu": gpu, "capability": [9, 0]}
+    return {
+        "benchmark": benchmark,
+        "date": date,
+        "commit": "c0ffee",
+        "machine": machine,
+        "rows": rows,
+        "tiles": list(tiles),
+    }
+
+
+def times(native, triton, sdpa, cudnn=0.1):
+    return {"vitkd native": native, "vitkd triton": triton, "sdpa default": sdpa, "sdpa cudnn": cudnn}
+
+
+RECORDS = [
+    record(**{
+        "bfloat16 64,6,50,64": times(2, 1, 3),
+        "bfloat16 64,6,65,64": times(1, 2, 3),
+        "bfloat16 64,3,197,64": times(1, 2, 3),
+        "bfloat16 64,6,197,64": times(2, 3, 1.9),
+        "bfloat16 64,6,577,64": times(3, 2, 1),
+        "float32 64,6,50,64": times(3, 2, 1),
+        "bfloat16 64,6,577,32": times(3, 2, 1),
+    }),
+    record("attention_sweep", **{"float16 64,6,400,64": times(1, 2, 3), "float16 64,6,50,16": times(1, 2, 3)}),
+    record("kd_loss", **{
+        "bfloat16 kl 256x10": {"vitkd native": 2, "vitkd triton": 1, "formula": 0.1},
+        "bfloat16 kl 256x1000": {"vitkd native": 1, "vitkd triton": 2},
+    }),
+]  # fmt: skip
+
+
+class TestChoosePy:
+    def test_sizes_are_parted_midway(self):
+        (entry,) = choose_py().choose(RECORDS, {"gpus": []})["gpus"]
+        assert (entry["gpu"], entry["capability"]) == ("NVIDIA Test", [9, 0])
+        assert entry["attention"]["16-bit"]["64"] == [[57, "triton"], [488, "native"], [None, "sdpa"]]
+        assert entry["attention"]["32-bit"] == {"64": [[None, "sdpa"]]}
+        assert entry["kd_loss"] == {"16-bit": [[505, "triton"], [None, "native"]]}
+        assert "32" not in entry["attention"]["16-bit"]  # only measured at 577
+
+    def test_what_lies_beyond_the_measured_sizes_is_torchs(self):
+        (entry,) = choose_py().choose(RECORDS, {"gpus": []})["gpus"]
+        assert entry["attention"]["16-bit"]["16"] == [[112, "native"], [None, "sdpa"]]
+        long = record(**{"bfloat16 64,6,577,64": times(1, 2, 3), "bfloat16 64,6,50,64": times(1, 2, 3)})
+        (entry,) = choose_py().choose([long], {"gpus": []})["gpus"]
+        assert entry["attention"]["16-bit"]["64"] == [[577, "native"], [None, "sdpa"]]
+
+    def test_the_order_of_the_records_does_not_matter(self):
+        module = choose_py()
+        texts = {
+            module.text(module.choose(order, {"gpus": []}))
+            for order in (RECORDS, RECORDS[::-1], RECORDS[1:] + RECORDS[:1])
+        }
+        assert len(texts) == 1
+        assert json.loads(texts.pop())["gpus"]
+
+    def test_wrong_results_and_failures_do_not_win(self):
+        wrong = record(**{"bfloat16 64,6,197,64": times(3, 2, None)})
+        for row in wrong["rows"]:
+            row["correct"] = row["contender"] != "vitkd triton"
+        wrong["rows"] += record(**{"bfloat16 64,6,65,64": times(3, None, 2)})["rows"]
+        (entry,) = choose_py().choose([wrong], {"gpus": []})["gpus"]
+        assert entry["attention"]["16-bit"]["64"] == [[None, "sdpa"]]
+
+    def test_a_later_record_of_a_case_replaces_an_earlier_one(self):
+        again = record(date="2026-01-02", **{"bfloat16 64,6,50,64": times(1, 2, 3)})
+        (entry,) = choose_py().choose([again, *RECORDS], {"gpus": []})["gpus"]
+        assert entry["attention"]["16-bit"]["64"] == [[488, "native"], [None, "sdpa"]]
+
+    def test_other_gpus_keep_their_entry_and_this_one_loses_its_old(self):
+        other = {
+            "gpu": "NVIDIA Another",
+            "capability": [8, 0],
+            "measured": [],
+            "kd_loss": {"16-bit": [[None, "triton"]]},
+        }
+        old = {**GPU, "measured": [], "kd_loss": {"32-bit": [[None, "triton"]]}}
+        entries = choose_py().choose(RECORDS, {"gpus": [old, other]})["gpus"]
+        assert entries[0] == other
+        assert "32-bit" not in entries[1]["kd_loss"]
+
+    def test_tiles_that_won_are_launched(self, pretend, monkeypatch):
+        """As long as they are among the candidates, which are known to compile without spills."""
+        pytest.importorskip("triton")
+        from vitkd_fast.triton import _tune
+        from vitkd_fast.triton._tiles import Tile, as_data, backward_tiles, forward_tiles
+
+        forward = forward_tiles(197, 64, torch.bfloat16)
+        backward = backward_tiles(197, 64, torch.bfloat16, (9, 0))
+        won = {"forward": as_data(forward[1]), "backward": as_data(backward[-1])}
+        assert won["forward"] == [64, 32, 4, 2] and len(won["backward"]) == 3
+        about = {"tokens": 208, "head_dim": 64, "dtype": "16-bit", "times": [2, 1]}
+        tiles = [{"kind": kind, "tiles": each, **about} for kind, each in won.items()]
+        tiles.append({"kind": "forward", "tiles": [1, 2, 3, 4], **about, "tokens": 272})
+        table = json.loads(choose_py().text(choose_py().choose([record(tiles=tiles)], {"gpus": []})))
+        pretend(*table["gpus"])
+        monkeypatch.setattr(_tune, "_best", {})
+        with FakeTensorMode():
+            for tokens, expected in ((193, (forward[1], backward[-1])), (208, (forward[1], backward[-1])),
+                                     (192, (forward[0], backward[0])), (257, (forward[0], backward[0]))):  # fmt: skip
+                qkv = torch.empty(2, tokens, 3, 3, 64, device=CUDA, dtype=torch.float16)
+                found = [
+                    _tune.best(kind, each, None, qkv) for kind, each in (("forward", forward), ("backward", backward))
+                ]
+                assert tuple(found) == expected
+        assert isinstance(found[0], Tile)
+
+    def test_a_record_of_a_cpu_is_refused(self):
+        with pytest.raises(SystemExit, match="is not of a GPU"):
+            choose_py().choose([record(gpu=None)], {"gpus": []})
+
+    def test_the_file_it_writes_is_what_the_package_reads(self, tmp_path, pretend, capsys, monkeypatch):
+        paths = []
+        for i, each in enumerate(RECORDS):
+            paths.append(tmp_path / f"{i}.json")
+            paths[-1].write_text(json.dumps(each))
+        table = tmp_path / "choice.json"
+        table.write_text('{"gpus": []}')
+        monkeypatch.setattr(sys, "argv", ["choose.py", *map(str, paths), "--table", str(table)])
+        assert choose_py().main() == 0
+        pretend(*json.loads(table.read_text())["gpus"])
+        assert names(torch.bfloat16, 64, 57, 58, 489) == ["triton", "native", "sdpa"]
+        for widths in choice.entry(CUDA)["attention"].values():
+            for ranges in widths.values():
+                check_ranges(ranges)

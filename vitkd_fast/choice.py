@@ -1,0 +1,148 @@
+"""Which kernels take an op on a GPU: CUDA's ("native"), Triton's, or torch's scaled_dot_product_attention.
+
+choice.json has an entry for each GPU that was measured, written by benchmarks/choose.py; where none fits the GPU, dtype
+and head_dim, a default applies that nobody measured. VITKD_CUDA_BACKEND=native|triton|sdpa overrides both.
+
+The ops ask at every call, so the answer depends on device, dtype and sizes alone: torch.compile guards those, and the
+ranges are constants to it. The GPU is asked for its name when its first tensor comes, not at import.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+Name = Literal["native", "triton", "sdpa"]
+
+# Not measured: tokens up to which our kernels take attention where nothing else is known. With 16 bits and these widths
+# the CUDA kernels hold a head and its weights in shared memory, and how many tokens fit follows from how much of it a
+# block has: 227 KiB, 163 KiB or 99. Other heads are streamed, up to where the others' tiles of 128 x 128 fit well.
+WHOLE_HEAD_DIMS = (32, 64)
+_WHOLE_TOKENS = {(9, 0): 208, (10, 0): 208, (10, 3): 208, (8, 0): 160, (8, 7): 160}
+_OTHER_TOKENS = 112
+
+
+def default_tokens(capability: Sequence[int] | None, kind: str, head_dim: int | None) -> int:
+    """The default for a GPU of that compute capability (None: unknown) and a head of that dtype class and width."""
+    if kind != "16-bit" or head_dim not in WHOLE_HEAD_DIMS or capability is None:
+        return _OTHER_TOKENS
+    return _WHOLE_TOKENS.get(tuple(capability), _OTHER_TOKENS)
+
+
+WISH = os.environ.get("VITKD_CUDA_BACKEND", "")
+if WISH not in ("", *get_args(Name)):
+    warnings.warn(
+        f"VITKD_CUDA_BACKEND={WISH} is ignored; accepted: {', '.join(get_args(Name))}.", RuntimeWarning, stacklevel=2
+    )
+    WISH = ""
+
+
+class Range(NamedTuple):
+    """What computes an op up to a size: tokens of attention, classes of a loss; None is any size."""
+
+    most: int | None
+    name: Name
+    reason: str
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """bfloat16 and float16 move the same bytes and use the same tensor cores: one measurement serves both."""
+    return f"{dtype.itemsize * 8}-bit"
+
+
+@cache
+def table() -> tuple[dict[str, Any], ...]:
+    """The measured GPUs."""
+    return tuple(json.loads((Path(__file__).parent / "choice.json").read_text())["gpus"])
+
+
+@cache
+def entry(device: torch.device) -> dict[str, Any]:
+    """What was measured on this very GPU model; empty when nothing was, or when there is no GPU."""
+    model = _model(device)
+    return next((each for each in table() if (each["gpu"], each["capability"]) == model), {})
+
+
+def _model(device: torch.device) -> tuple[str, list[int]] | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device))
+
+
+@cache
+def _attention(device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
+    if WISH:
+        return ((None, _wished()),)
+    kind = dtype_class(dtype)
+    measured = entry(device).get("attention", {}).get(kind, {})
+    widths = {int(width): _measured(ranges, "tokens") for width, ranges in measured.items()}
+    _, capability = _model(device) or (None, None)
+    for width in (*WHOLE_HEAD_DIMS, None):
+        widths.setdefault(width, _default(default_tokens(capability, kind, width)))
+    return tuple(widths.items())  # None, which fits any width, comes last
+
+
+def _wished() -> tuple[Range, ...]:
+    return (_range(None, WISH, f"VITKD_CUDA_BACKEND={WISH}"),)
+
+
+def _default(tokens: int) -> tuple[Range, ...]:
+    return (
+        _range(tokens, "native", f"up to {tokens} tokens (default, not measured)"),
+        _range(None, "sdpa", f"more than {tokens} tokens (default, not measured)"),
+    )
+
+
+@torch.compiler.assume_constant_result
+def attention(device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
+    """For each head_dim that was measured, and at last for any other (None), who takes how many tokens."""
+    return _attention(device, dtype)
+
+
+@cache
+def _kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
+    if WISH in ("native", "triton"):
+        return _wished()
+    measured = entry(device).get("kd_loss", {}).get(dtype_class(dtype))
+    return _measured(measured, "classes") if measured else (_range(None, "native", "default, not measured"),)
+
+
+@torch.compiler.assume_constant_result
+def kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
+    """Who takes how many classes. torch has no such loss, so "sdpa" stands for none of the kernels being there."""
+    return _kd_loss(device, dtype)
+
+
+def forget() -> None:
+    """Look again at the table, the devices and the wish."""
+    for function in (table, entry, _attention, _kd_loss):
+        function.cache_clear()
+
+
+def _measured(ranges: list, what: str) -> tuple[Range, ...]:
+    result, previous = [], 0
+    for most, name in ranges:
+        limits = (
+            f"{previous + 1} to {most} {what}" if most else f"{what} above {previous}" if previous else f"any {what}"
+        )
+        result.append(_range(most, name, f"{limits} (measured)"))
+        previous = most
+    return tuple(result)
+
+
+def _range(most: int | None, wanted: str, reason: str) -> Range:
+    """With the next best where those kernels are not there."""
+    from vitkd_fast import backends  # which imports the ops, and they import this
+
+    there = backends.cuda_kernels()
+    name: Name = next((name for name in get_args(Name) if name == wanted), "sdpa")
+    if name == "sdpa" or name in there:
+        return Range(most, name, reason)
+    if not there:
+        return Range(most, "sdpa", "no CUDA kernels here")
+    return Range(most, there[0], f"{reason}; there is no {name}")
