@@ -4,7 +4,7 @@
 
 TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS are honoured. A kernel is its template arguments: head width and, in tiles
 of 16 tokens, the length that is too short and the longest for attention_head; the padded head width for attention;
-threads and classes per thread for kd_loss.
+for kd_loss the threads of a row, classes per thread, classes per access and the kind.
 """
 
 import argparse
@@ -85,9 +85,12 @@ def _shared_memory(rows: list[dict], folder: Path) -> dict[tuple, int]:
             "attention_forward": f"{shape}::kForwardBytes",
             "attention_backward": f"{shape}::kBackwardBytes + statistics_bytes(kChunk, {shape}::kRows)",
             "kd_loss": f"shared_bytes({numbers[0]})",
+            "kd_loss_long": f"shared_bytes({numbers[0]})",
+            "kd_difference": f"shared_bytes({numbers[0]})",
         }[kernel]
         lines.append(f'std::printf("%zu\\n", size_t({size}));')
-    include = "".join(f'#include "{source.name}"\n' for source in sorted((ROOT / "kernels/cuda").glob("*.cu")))
+    sources = "attention_head", "attention_streamed", "kd_loss"
+    include = "".join(f'#include "{source}.cu"\n' for source in sources)
     program = f"{include}int main() {{\nusing namespace vitkd::cuda;\n" + "\n".join(lines) + "\n}\n"
     (folder / "shared.cpp").write_text(program)
     host = ROOT / "tests/kernels/cuda_host"

@@ -112,8 +112,8 @@ template <class T, int D, int kBelow, int kTiles>
 __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
     attention_head_forward_kernel(const Attention p, const float scale_log2) {
   using S = ForwardShape<D, kTiles>;
-  const int in_block = S::kHeads > 1 ? threadIdx.x / S::kHeadThreads : 0;
-  const int thread = threadIdx.x - in_block * S::kHeadThreads;
+  const int in_block = S::kHeads > 1 ? warp_index() / S::kWarps : 0;
+  const int thread = threadIdx.x - in_block * S::kHeadThreads, warp = warp_index() - in_block * S::kWarps;
   const int tokens = static_cast<int>(p.tokens);
   const unsigned index = blockIdx.x * S::kHeads + in_block;
   const bool present = index < p.batch * p.heads;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
   T* const data = static_cast<T*>(p.out) + (owner.batch * p.tokens * p.heads + owner.head) * D;
 #pragma unroll 1
   for (int i = 0; i < S::kStrips; ++i) {
-    const int first = (thread / kWarp + i * S::kWarps) * 16;
+    const int first = (warp + i * S::kWarps) * 16;
     if (first >= tokens) break;
     float out[1][D / 8][4] = {}, shift[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
     const SharedStrip<T, D> strip{queries, first};
@@ -169,7 +169,7 @@ struct HeadBackward {
   static constexpr int kPitch = kWeightPitch<kTiles>;
   using Grads = float[S::kStrips][D / 8][4];
 
-  const int tokens;
+  const int warp, tokens;
   const float scale_log2;
   T *const queries, *const keys, *const values, *const grads, *const exchanged;
 
@@ -177,22 +177,24 @@ struct HeadBackward {
   __device__ static bool beyond(int tile, int tiles) { return tile > kBelow && tile >= tiles; }
   // The first row of a strip; a warp without a second strip repeats its first, for nothing.
   __device__ int first(int strip) const {
-    const int own = threadIdx.x / kWarp * 16, other = own + strip * S::kWarps * 16;
+    const int own = warp * 16, other = own + strip * S::kWarps * 16;
     return other < tokens ? other : own;
   }
   __device__ bool present(int strip) const {
-    return static_cast<int>(threadIdx.x / kWarp + strip * S::kWarps) * 16 < tokens;
+    return (warp + strip * S::kWarps) * 16 < tokens;
   }
-  // A pair of this lane's weights: i is 0 to 3 as in a left operand.
-  __device__ uint32_t* pair(int strip, int tile, int i) const {
-    const int lane = threadIdx.x % kWarp;
-    T* const to = exchanged + (first(strip) + lane / 4 + i % 2 * 8) * kPitch + tile * 16 + i / 2 * 8 + lane % 4 * 2;
-    return reinterpret_cast<uint32_t*>(to);
+  // 16 queries' weights, or the gradients of their scores, as left operands.
+  using Operands = uint32_t[kTiles][4];
+
+  __device__ void exchange(int strip, const Operands& operands) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (beyond(tile, tiles())) break;
+      store_operand(exchanged + first(strip) * kPitch + tile * 16, kPitch, operands[tile]);
+    }
   }
 
-  // The weights of a strip's queries, into `exchanged`.
-  __device__ void weigh(int strip, const Strip<D>& my_queries) const {
-    const int lane = threadIdx.x % kWarp;
+  __device__ void weigh(Operands& weights, const Strip<D>& my_queries) const {
     const float factor = fabsf(scale_log2);
     Scores<kTiles> scores = {};
     multiply_transposed<T, D, kBelow + 1>(scores, my_queries, keys, tiles(), sign_of(scale_log2));
@@ -208,42 +210,56 @@ struct HeadBackward {
         sum += score;
       }
       const float inverse = reciprocal(quad_sum(sum));
-      const bool inside = first(strip) + lane / 4 + 8 * row < tokens;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        if (beyond(i / 2, tiles())) break;
         const float (&four)[4] = scores[i / 2][i % 2];
-        const uint32_t both = pack<T>(four[2 * row] * inverse, four[2 * row + 1] * inverse);
-        *pair(strip, i / 2, i % 2 * 2 + row) = inside ? both : 0;
+        weights[i / 2][i % 2 * 2 + row] = pack<T>(four[2 * row] * inverse, four[2 * row + 1] * inverse);
       }
     }
   }
 
+  // Queries that are not there weigh nothing, even where a key is infinite.
+  __device__ void clear_beyond(int strip) const {
+    const int lane = threadIdx.x % kWarp, columns = 2 * kTiles;
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < (first(strip) + 16 - tokens) * columns; i += kWarp)
+      *reinterpret_cast<Vector<T>*>(exchanged + (tokens + i / columns) * kPitch + i % columns * 8) = {};
+  }
+
   // The gradients of a strip's scores, but for `scale`: weight * (its gradient - delta), delta the row's mean of them.
-  __device__ void differentiate(uint32_t (&grad_scores)[kTiles][S::kStrips][4], int strip) const {
+  // The weights come out of `exchanged` twice: registers are not enough to keep them.
+  __device__ void differentiate(Operands& grad_scores, int strip) const {
     Scores<kTiles> grad_weights = {};
     multiply_transposed<T, D, kBelow + 1>(grad_weights, SharedStrip<T, D>{grads, first(strip)}, values, tiles());
+    const SharedOperands<T> weights{exchanged + first(strip) * kPitch, kPitch};
     float delta[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-      if (beyond(i / 4, tiles())) break;
-      const int row = i % 2;
-      const float (&four)[4] = grad_weights[i / 4][i / 2 % 2];
-      const uint32_t both = *pair(strip, i / 4, i % 4);
-      delta[row] = fmaf(low<T>(both), four[2 * row], delta[row]);
-      delta[row] = fmaf(high<T>(both), four[2 * row + 1], delta[row]);
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (beyond(tile, tiles())) break;
+      uint32_t both[4];
+      weights.load(both, tile);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&four)[4] = grad_weights[tile][i / 2];
+        delta[i % 2] = fmaf(low<T>(both[i]), four[i % 2 * 2], delta[i % 2]);
+        delta[i % 2] = fmaf(high<T>(both[i]), four[i % 2 * 2 + 1], delta[i % 2]);
+      }
     }
     delta[0] = quad_sum(delta[0]);
     delta[1] = quad_sum(delta[1]);
-    __syncwarp();  // or the weights would stay in registers, which are not enough for that
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-      if (beyond(i / 4, tiles())) break;
-      const int row = i % 2;
-      const float (&four)[4] = grad_weights[i / 4][i / 2 % 2];
-      const uint32_t both = *pair(strip, i / 4, i % 4);
-      grad_scores[i / 4][strip][i % 4] = pack<T>(low<T>(both) * (four[2 * row] - delta[row]),
-                                                 high<T>(both) * (four[2 * row + 1] - delta[row]));
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (beyond(tile, tiles())) break;
+      uint32_t both[4];
+      weights.load(both, tile);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&four)[4] = grad_weights[tile][i / 2];
+        grad_scores[tile][i] = pack<T>(low<T>(both[i]) * (four[i % 2 * 2] - delta[i % 2]),
+                                       high<T>(both[i]) * (four[i % 2 * 2 + 1] - delta[i % 2]));
+      }
     }
   }
 
@@ -274,9 +290,9 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
     attention_head_backward_kernel(const AttentionBackward p, const float scale_log2) {
   using S = BackwardShape<D, kTiles>;
   T* const shared = shared_memory<T>();
-  const HeadBackward<T, D, kBelow, kTiles> my{static_cast<int>(p.tokens), scale_log2,
-                                              shared, shared + S::kMatrix, shared + 2 * S::kMatrix,
-                                              shared + 3 * S::kMatrix, shared + 4 * S::kMatrix};
+  using Mine = HeadBackward<T, D, kBelow, kTiles>;
+  const Mine my{warp_index(), static_cast<int>(p.tokens), scale_log2, shared, shared + S::kMatrix,
+                shared + 2 * S::kMatrix, shared + 3 * S::kMatrix, shared + 4 * S::kMatrix};
   const unsigned heads = static_cast<unsigned>(p.batch * p.heads);
   const float scale = static_cast<float>(p.scale);
   auto bring_part = [&](T* matrix, Part part, const Owner& owner) {
@@ -285,7 +301,8 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
   auto bring_grads = [&](const Owner& owner) {
     const auto& stride = p.grad_out_stride;
     const T* data = static_cast<const T*>(p.grad_out) + owner.batch * stride[0] + owner.head * stride[2];
-    bring<T, D, S::kRows, S::kThreads>(my.grads, HeadRows<const T>{data, static_cast<int>(stride[1])}, my.tokens, threadIdx.x);
+    const HeadRows<const T> rows{data, static_cast<int>(stride[1])};
+    bring<T, D, S::kRows, S::kThreads>(my.grads, rows, my.tokens, threadIdx.x);
   };
   auto grad_rows = [&](Part part, const Owner& owner) {
     const int width = static_cast<int>(p.heads) * D;
@@ -313,12 +330,18 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
     __syncthreads();  // keys, values, grads are here; nobody reads the last head's queries any more
     bring_part(my.queries, kQuery, owner);
     copy_async_commit();
-    uint32_t grad_scores[kTiles][S::kStrips][4] = {};
+    typename Mine::Operands grad_scores[S::kStrips] = {};
 #pragma unroll
     for (int strip = 0; strip < S::kStrips; ++strip) {
       if (!my.present(strip)) continue;
-      my.weigh(strip, my_queries[strip]);
-      my.differentiate(grad_scores, strip);
+      {
+        typename Mine::Operands weights;
+        my.weigh(weights, my_queries[strip]);
+        my.exchange(strip, weights);
+        my.clear_beyond(strip);
+      }
+      __syncwarp();
+      my.differentiate(grad_scores[strip], strip);
     }
     __syncthreads();  // all weights are written; nobody reads the values any more
     if (!last) bring_part(my.values, kValue, next);
@@ -327,11 +350,15 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
       float grad_value[S::kStrips][D / 8][4] = {};
       my.multiply_columns(grad_value, my.grads);
       my.store(grad_rows(kValue, owner), grad_value, 1);
+      __syncwarp();  // or the keys would be loaded before there are registers for them
       float grad_query[S::kStrips][D / 8][4] = {};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         if (my.beyond(tile, my.tiles())) break;
-        multiply<T, D>(grad_query, grad_scores[tile], my.keys, tile * 16);
+        uint32_t operands[S::kStrips][4];
+#pragma unroll
+        for (int i = 0; i < 4 * S::kStrips; ++i) operands[i / 4][i % 4] = grad_scores[i / 4][tile][i % 4];
+        multiply<T, D>(grad_query, operands, my.keys, tile * 16);
       }
       my.store(grad_rows(kQuery, owner), grad_query, scale);
     }
@@ -342,10 +369,8 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
     }
     copy_async_commit();
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles * S::kStrips; ++i) {
-      const int tile = i / 4 % kTiles, strip = i / 4 / kTiles;
-      if (my.present(strip) && !my.beyond(tile, my.tiles())) *my.pair(strip, tile, i % 4) = grad_scores[tile][strip][i % 4];
-    }
+    for (int strip = 0; strip < S::kStrips; ++strip)
+      if (my.present(strip)) my.exchange(strip, grad_scores[strip]);
     copy_async_wait<2>();
     __syncthreads();  // all scores' gradients are written; the queries are here
     if (!last) load_queries(next);

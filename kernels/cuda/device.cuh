@@ -57,6 +57,9 @@ __device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// This thread's warp, in a form that the compiler knows to be the same for all its lanes.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0); }
+
 // 2^x to 2 ulp in one instruction; results below 2^-126 become 0.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
@@ -98,6 +101,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return both;
 }
 
+// 16 bytes to global memory; left to itself the compiler tears some of them into four stores.
+__device__ __forceinline__ void store_vector(void* global, const Vector<uint32_t>& vector) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(vector.values[0]), "r"(vector.values[1]),
+               "r"(vector.values[2]), "r"(vector.values[3])
+               : "memory");
+}
+
 // 16 bytes from global to shared memory in the background, or 16 zero bytes; both addresses 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -125,6 +135,19 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                  : "r"(shared_address(row))
                  : "memory");
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ constexpr bool stores_matrices() { return true; }
+// The opposite of load_matrices<false>.
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&from)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+}
+#else
+__device__ constexpr bool stores_matrices() { return false; }
+__device__ __forceinline__ void store_matrices(void*, const uint32_t (&)[4]) {}
+#endif
 
 // c (16x8) += a (16x16) b (16x8), products in T, sums in float32.
 template <class T>

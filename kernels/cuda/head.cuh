@@ -79,6 +79,31 @@ struct SharedStrip {
   }
 };
 
+// A left operand into shared memory, rows of 16 elements `pitch` apart.
+template <class T>
+__device__ __forceinline__ void store_operand(T* to, int pitch, const uint32_t (&a)[4]) {
+  const int lane = threadIdx.x % kWarp;
+  if (stores_matrices()) {
+    store_matrices(to + (lane / 8 % 2 * 8 + lane % 8) * pitch + lane / 16 * 8, a);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    *reinterpret_cast<uint32_t*>(to + (lane / 4 + i % 2 * 8) * pitch + i / 2 * 8 + lane % 4 * 2) = a[i];
+}
+
+// 16 rows that store_operand has written.
+template <class T>
+struct SharedOperands {
+  const T* data;
+  int pitch;
+
+  __device__ void load(uint32_t (&a)[4], int tile) const {
+    const int lane = threadIdx.x % kWarp;
+    load_matrices<false>(a, data + lane % 16 * pitch + tile * 16 + lane / 16 * 8);
+  }
+};
+
 // A left operand from a matrix of weights: 16 columns become its rows, 16 rows what is summed over.
 template <class T, int kTiles>
 __device__ __forceinline__ void load_columns(uint32_t (&columns)[4], const T* weights, int first_row, int first_column) {
@@ -165,7 +190,7 @@ __device__ __forceinline__ void store_strip(const HeadRows<T>& to, int first, in
         packed.values[i] = pack<T>(pair[2 * half] * factor[half], pair[2 * half + 1] * factor[half]);
       }
       transpose_quad(packed.values);
-      if (row < rows) *reinterpret_cast<Vector<uint32_t>*>(to.row(row) + group * 32 + lane % 4 * 8) = packed;
+      if (row < rows) store_vector(to.row(row) + group * 32 + lane % 4 * 8, packed);
     }
   }
 }

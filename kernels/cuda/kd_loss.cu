@@ -1,12 +1,30 @@
-// Distillation losses of rows of logits and their gradients. A team of threads, a warp or a block, holds the row in
-// registers; only a row wider than the team (float32 math, 4096 classes for a block) is read again for each sweep.
+// Distillation losses of rows of logits and their gradients, in one launch. A team of threads, a warp or a block, holds
+// a row of up to 4096 classes in registers; a longer one is read again for each sweep.
+//
+// 4096 x 1000 in bfloat16 are 33 MB, 6.8 us of an H200's 4.8 TB/s. In that time its 528 schedulers (1.755 GHz) issue 49
+// instructions for 32 pairs of logits, 98 in float32. By the machine code for sm_90, both gradients wanted, kl takes 35
+// and 49, js 54 and 75: kl leaves the time to memory. What brings it there is one exponential per logit, kept in its
+// register for the gradients (five cost 98 instructions), and the kind known to the compiler. Of the 35, 20 are of a
+// pair and 15 of the row, shared by the 16 pairs of a thread: addresses, two reductions, two reciprocals, a logarithm.
 #include "../kernels.h"
 #include "device.cuh"
+
+#include <utility>
 
 namespace vitkd::cuda {
 namespace {
 
-constexpr float kLog2 = 0.6931471805599453f;
+// What the kernels read of KDLoss, with the divisions and the double arithmetic done.
+struct Arguments {
+  const void *student, *teacher;
+  float* loss;
+  void *student_grad, *teacher_grad;
+  int64_t rows, classes, student_stride, teacher_stride;
+  float temperature, weight;
+  float scale_e, scale_2;  // 1 / temperature, log2(e) / temperature
+  bool l1;                 // or mse; for kd_difference_kernel alone
+  bool vectors;            // every run of 16 bytes starts on a multiple of 16
+};
 
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
@@ -15,184 +33,429 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-constexpr size_t shared_bytes(int team) { return team > kWarp ? team / kWarp * sizeof(float) : 0; }
+template <int kCount>
+struct alignas(kCount == 1 ? 4 : kCount == 2 ? 8 : 16) Values {
+  float of[kCount];
 
-// The same result in every thread of the team.
-template <int kTeam, class Combine>
-__device__ float reduce(float value, Combine combine) {
+  __device__ void operator+=(const Values& other) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
+    for (int i = 0; i < kCount; ++i) of[i] += other.of[i];
+  }
+};
+
+// Shared memory of a block: for each warp, what it adds to each of the three reductions that a row can need. They do
+// not share a place, so that one barrier per reduction is enough.
+enum Place { kLargest = 0, kMeans = 2, kSums = 4, kPlaces = 8 };
+constexpr size_t shared_bytes(int team) { return team > kWarp ? team / kWarp * kPlaces * sizeof(float) : 0; }
+
+// The same results in every thread of the team, whatever the order in which they run. Several values at once cost
+// little more time than one: the shuffles of one fill the latency of another's.
+template <int kTeam, Place kPlace, class Combine, int kCount>
+__device__ void reduce(Values<kCount>& values, Combine combine) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2)
+#pragma unroll
+    for (float& value : values.of) value = combine(value, shuffle_xor(value, mask));
   if constexpr (kTeam > kWarp) {
-    float* const of_warp = shared_memory<float>();
+    float* const shared = shared_memory<float>() + kPlace;
+    auto of_warp = [&](int warp) { return reinterpret_cast<Values<kCount>*>(shared + warp * kPlaces); };
+    if (threadIdx.x % kWarp == 0) *of_warp(threadIdx.x / kWarp) = values;
     __syncthreads();
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    value = of_warp[0];
-    for (int warp = 1; warp < kTeam / kWarp; ++warp) value = combine(value, of_warp[warp]);
+    values = *of_warp(0);
+#pragma unroll
+    for (int warp = 1; warp < kTeam / kWarp; ++warp) {
+      const Values<kCount> others = *of_warp(warp);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values.of[i] = combine(values.of[i], others.of[i]);
+    }
   }
-  return value;
 }
 
-// log softmax of a row: (x - largest) - log_sum, gathered while the row goes by.
-struct LogSoftmax {
-  float largest = -kInfinity;
-  float sum = 0;
-  float log_sum = 0;
-
-  template <int kHeld>
-  __device__ void update(const float (&x)[kHeld]) {  // beyond the row x is -inf
-    float peak = largest;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) peak = fmaxf(peak, x[i]);
-    const float shift = fmaxf(peak, kLowest);  // so that exp(-inf - shift) is 0, not NaN
-    float part = 0;  // 4097 and more terms one after the other would cost digits
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) part += expf(x[i] - shift);
-    sum = sum * expf(largest - shift) + part;
-    largest = peak;
-  }
-
-  template <int kTeam>
-  __device__ void finish() {
-    const float mine = largest;
-    largest = reduce<kTeam>(mine, Max{});
-    log_sum = logf(reduce<kTeam>(sum * expf(mine - fmaxf(largest, kLowest)), Sum{}));
-  }
-
-  __device__ float operator()(float x) const { return x - largest - log_sum; }
-};
-
-// With q, p the softmax of student and teacher: a class's log p - log m and log q - log m, where m is what the kind
-// compares with. The loss is the sum of p and q times these; a side that is its own m has none.
-struct Ratios {
-  float p, q;
-};
-__device__ Ratios ratios(KDKind kind, float log_p, float log_q) {
-  if (kind == KDKind::kl) return {log_p - log_q, 0};
-  if (kind == KDKind::reverse_kl) return {0, log_q - log_p};
-  const float high = log_p > log_q ? log_p : log_q, low = log_p > log_q ? log_q : log_p;  // fmaxf would drop NaN
-  const float log_m = high + log1pf(expf(low - high)) - kLog2;
-  return {log_p - log_m, log_q - log_m};
+// An exponential is a power of 2 where logits are half precision and a row has many: one instruction, off by 2 ulp at
+// most where rounding the logit was off by 2^15, and a loss of hundreds of classes sees the mean of these errors.
+// float32, which has twice the time, and rows of few classes take powers of e, to 1 ulp in 8 instructions.
+template <bool kPowerOf2>
+__device__ float exponential(float x) {
+  if constexpr (kPowerOf2) return fast_exp2(x);
+  else return expf(x);
 }
 
-// A member's classes of a row come in runs of 16 bytes, one run per stretch of kTeam runs.
-template <class T, int kTeam, int kHeld>
+// log((1 + x) / 2) for x in [0, 1], within 1e-7; exactly 0 at 1, so that equal logits have no divergence. Of all such
+// polynomials that of least absolute error; log1pf would be twice as long.
+__device__ float log_half_1p(float x) {
+  constexpr float terms[] = {-0.0059933584f, -0.013658599f, -0.020256097f, -0.0050757749f,
+                             -0.01966631f,   0.04090138f,   -0.12506606f,  0.49999831f};
+  const float y = x - 1;
+  float result = terms[0];
+#pragma unroll
+  for (int i = 1; i < 8; ++i) result = fmaf(result, y, terms[i]);
+  return result * y;
+}
+
+// One access to a row: kRun neighbours, as 32-bit words if there are that many, which unpack in an instruction a value.
+template <class T, int kRun>
+struct alignas(kRun * sizeof(T)) Run {
+  static constexpr bool kWords = sizeof(T) == 2 && kRun % 2 == 0;
+  static constexpr int kPerWord = kWords ? 2 : 1;
+  std::conditional_t<kWords, uint32_t, T> words[kRun / kPerWord];
+
+  __device__ T get(int i) const {
+    if constexpr (kWords) return {static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2))};
+    else return words[i];
+  }
+
+  template <class Value>
+  __device__ void fill(Value value) {
+#pragma unroll
+    for (int i = 0; i < kRun / kPerWord; ++i) {
+      if constexpr (kWords) words[i] = pack<T>(value(2 * i), value(2 * i + 1));
+      else from_float(words[i], value(i));
+    }
+  }
+
+  __device__ void load(const T* from, bool whole) {
+    if (whole) {
+      *this = *reinterpret_cast<const Run*>(from);
+    } else {
+      T values[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) values[i] = from[i];
+      __builtin_memcpy(words, values, sizeof words);
+    }
+  }
+
+  __device__ void store(T* to, bool whole) const {
+    if (whole) {
+      *reinterpret_cast<Run*>(to) = *this;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) to[i] = get(i);
+    }
+  }
+};
+
+// Which classes of a row, or of a stretch of it, a thread holds. They come in runs, neighbouring threads hold
+// neighbouring runs. A run is 16 bytes where the length of a row is a multiple of that. Where it is not, rows start
+// anywhere, and a run is one element: the 64 bytes of a warp's access still fill their sectors, and a pair of bfloat16
+// logits takes 54 instructions instead of 35, 10 % more than memory has time for. (Vectors between a scalar head and
+// tail would save these, and make a row's sums depend on where it starts.) The choice looks at the number of classes
+// alone, so that no stride or address changes a bit of the result.
+template <class T, int kTeam, int kHeld, int kRun>
 struct Slice {
+  static constexpr int kRuns = kHeld / kRun;
   int member;
-  int64_t start, classes;
+  int classes;
+  bool vectors;
 
-  __device__ int64_t run(int i) const { return start + (int64_t{i} * kTeam + member) * kVector<T>; }
-  __device__ bool inside(int i) const { return run(i / kVector<T>) + i % kVector<T> < classes; }
+  __device__ int start(int run) const { return (run * kTeam + member) * kRun; }
+  __device__ bool inside(int run) const { return start(run) < classes; }  // all of it: classes are whole runs
 
-  __device__ void load(float (&x)[kHeld], const T* row, bool vectors, float scale, float beyond) const {
+  // body(i) for each class held.
+  template <class Body>
+  __device__ void each(Body body) const {
 #pragma unroll
-    for (int i = 0; i < kHeld / kVector<T>; ++i) {
-      Vector<T> values = {};
-      if (vectors && run(i) < classes) values = *reinterpret_cast<const Vector<T>*>(row + run(i));
+    for (int run = 0; run < kRuns; ++run) {
+      if (!inside(run)) continue;
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        if (!vectors && run(i) + j < classes) values.values[j] = row[run(i) + j];
-        x[i * kVector<T> + j] = run(i) + j < classes ? to_float(values.values[j]) * scale : beyond;
-      }
+      for (int j = 0; j < kRun; ++j) body(run * kRun + j);
     }
   }
 
-  __device__ void store(T* row, const float (&x)[kHeld], bool vectors) const {
+  // Every load of both rows is on its way before the first value is used.
+  __device__ void load(float (&s)[kHeld], float (&t)[kHeld], const T* student, const T* teacher) const {
+    Run<T, kRun> students[kRuns] = {}, teachers[kRuns] = {};
+    auto load_all = [&](bool whole) {
 #pragma unroll
-    for (int i = 0; i < kHeld / kVector<T>; ++i) {
-      Vector<T> values;
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        from_float(values.values[j], x[i * kVector<T> + j]);
-        if (!vectors && run(i) + j < classes) row[run(i) + j] = values.values[j];
+      for (int run = 0; run < kRuns; ++run) {
+        if (!inside(run)) continue;
+        students[run].load(student + start(run), whole);
+        teachers[run].load(teacher + start(run), whole);
       }
-      if (vectors && run(i) < classes) *reinterpret_cast<Vector<T>*>(row + run(i)) = values;
+    };
+    if (kRun == 1 || vectors) load_all(true);
+    else load_all(false);  // an odd stride or address: right, but kRun accesses to the sectors that one would do
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      s[i] = to_float(students[i / kRun].get(i % kRun));
+      t[i] = to_float(teachers[i / kRun].get(i % kRun));
+    }
+  }
+
+  // value(i) to its place in the row.
+  template <class Value>
+  __device__ void store(T* row, Value value) const {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      if (!inside(run)) continue;
+      Run<T, kRun> values;
+      values.fill([&](int i) { return value(run * kRun + i); });
+      values.store(row + start(run), kRun == 1 || vectors);
     }
   }
 };
 
-// kTeam threads per row, kHeld classes in each thread's registers.
-template <class T, int kTeam, int kHeld>
-__global__ void __launch_bounds__(kTeam == kWarp ? 128 : kTeam) kd_loss_kernel(const KDLoss p, const bool vectors) {
-  const int64_t row = int64_t{blockIdx.x} * (blockDim.x / kTeam) + threadIdx.x / kTeam;
-  if (row >= p.rows) return;  // a whole team
-  const int member = threadIdx.x % kTeam;
-  const T* const student = static_cast<const T*>(p.student) + row * p.student_stride;
-  const T* const teacher = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
-  const bool soft = p.kind != KDKind::l1 && p.kind != KDKind::mse;
-  const float scale = soft ? static_cast<float>(1 / p.temperature) : 1.0f;
-  const float temperature = static_cast<float>(p.temperature), beyond = soft ? -kInfinity : 0.0f;
-  const bool held = p.classes <= kTeam * kHeld;
-  float s[kHeld], t[kHeld];
-  auto sweep = [&](bool first, auto body) {
-    for (int64_t start = 0; start < p.classes; start += kTeam * kHeld) {
-      const Slice<T, kTeam, kHeld> slice{member, start, p.classes};
-      if (first || !held) {
-        slice.load(s, student, vectors, scale, beyond);
-        slice.load(t, teacher, vectors, scale, beyond);
-      }
-      body(slice);
-    }
+enum Side { kStudent, kTeacher };
+constexpr int kDifference = 2, kExcess = 3;
+
+// An SM holds 32 blocks at most, so teams of one warp share one: 64 warps instead of 32.
+constexpr int threads_of_block(int team) { return team == kWarp ? 4 * kWarp : team; }
+
+// A row of logits and what its team knows of it, step by step. q, p: softmax of student and teacher; m: their mean.
+// Logits count from the row's largest, which is exact for those that matter; exponents are scale times that.
+template <class T, int kTeam, int kHeld, int kRun, int kKind>
+struct Row {
+  using Piece = Slice<T, kTeam, kHeld, kRun>;
+  static constexpr int kTeams = threads_of_block(kTeam) / kTeam;
+  static constexpr bool kJs = kKind == static_cast<int>(KDKind::js);
+  static constexpr bool kShort = kTeam == kWarp;
+  static constexpr bool kTwoRounds = kJs || kShort;  // kl alone can sum p (t - s) before it knows what p sums to
+  static constexpr bool kPowerOf2 = sizeof(T) == 2 && !kShort;
+  static constexpr float kNats = kPowerOf2 ? 0.6931471805599453f : 1;  // in one unit of an exponent
+
+  const Arguments& p;
+  const int64_t index = kTeams == 1 ? blockIdx.x : int64_t{blockIdx.x} * kTeams + threadIdx.x / kTeam;
+  const int member = kTeams == 1 ? threadIdx.x : threadIdx.x % kTeam;
+  const float scale = kPowerOf2 ? p.scale_2 : p.scale_e;
+  const T* const student = static_cast<const T*>(p.student) + index * p.student_stride;
+  const T* const teacher = static_cast<const T*>(p.teacher) + index * p.teacher_stride;
+
+  Values<2> largest = {{kLowest, kLowest}};  // not -inf: exp(-inf - largest) must be 0, not NaN
+  Values<4> sums = {};     // of both sides' exponentials, the teacher's times t - s, student's less teacher's if kShort
+  Values<2> per_sum = {};  // 1 / the first two
+  float log_ratio = 0;     // log(student's sum / teacher's), as an exponent
+  Values<2> means = {};    // of the ratios in Pairs, weighted by q and p
+
+  // The classes from `begin` on, as many as the team holds.
+  __device__ Piece piece(int64_t begin) const {
+    const int64_t left = p.classes - begin;
+    return {member, static_cast<int>(left < kTeam * kHeld ? left : kTeam * kHeld), p.vectors};
+  }
+
+  struct Pairs {
+    float s[kHeld], t[kHeld];              // logits, then their exponentials
+    float ratio_s[kHeld], ratio_t[kHeld];  // js: log(q / m), log(p / m); kl: log(p / q), or t - s in a single round
   };
 
-  LogSoftmax log_q, log_p;
-  float loss = 0, mean_p = 0, mean_q = 0;  // mean_p, mean_q: sums of p and q times their ratios
-  if (soft) {
-    sweep(true, [&](const auto&) {
-      log_q.update(s);
-      log_p.update(t);
-    });
-    log_q.template finish<kTeam>();
-    log_p.template finish<kTeam>();
+  __device__ void load(const Piece& piece, Pairs& x, int64_t begin) const {
+    piece.load(x.s, x.t, student + begin, teacher + begin);
   }
-  sweep(!soft, [&](const auto& slice) {
-    float part = 0, part_p = 0, part_q = 0;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (!slice.inside(i)) continue;
-      if (soft) {
-        const float p_log = log_p(t[i]), q_log = log_q(s[i]);
-        const Ratios ratio = ratios(p.kind, p_log, q_log);
-        part_p += expf(p_log) * ratio.p;
-        part_q += expf(q_log) * ratio.q;
-      } else {
-        const float difference = s[i] - t[i];
-        part += p.kind == KDKind::l1 ? fabsf(difference) : difference * difference;
-      }
-    }
-    loss += part, mean_p += part_p, mean_q += part_q;
-  });
-  const float share = p.kind == KDKind::js ? 0.5f : 1.0f, per_class = 1 / static_cast<float>(p.classes);
-  if (soft) {
-    mean_p = reduce<kTeam>(mean_p, Sum{});
-    mean_q = reduce<kTeam>(mean_q, Sum{});
-    loss = share * (mean_p + mean_q) * temperature * temperature;
-  } else {
-    loss = reduce<kTeam>(loss, Sum{}) * per_class;
-  }
-  if (member == 0) static_cast<float*>(p.loss)[row] = loss;
-  if (!p.student_grad && !p.teacher_grad) return;
 
-  const float weight = static_cast<float>(p.weight), factor = temperature * weight;
-  sweep(false, [&](const auto& slice) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (soft) {
-        const float p_log = log_p(t[i]), q_log = log_q(s[i]), pi = expf(p_log), qi = expf(q_log);
-        const Ratios ratio = ratios(p.kind, p_log, q_log);
-        s[i] = factor * (p.kind == KDKind::kl ? qi - pi : share * qi * (ratio.q - mean_q));
-        t[i] = factor * (p.kind == KDKind::reverse_kl ? pi - qi : share * pi * (ratio.p - mean_p));
-      } else {
-        const float difference = s[i] - t[i];
-        const float sign = static_cast<float>((difference > 0) - (difference < 0));
-        s[i] = (p.kind == KDKind::l1 ? sign : 2 * difference) * per_class * weight;
-        t[i] = -s[i];
+  // The largest logits so far of both sides.
+  __device__ Values<2> largest_with(const Piece& piece, const Pairs& x) const {
+    Values<2> result = largest;
+    piece.each([&](int i) {
+      result.of[kStudent] = fmaxf(result.of[kStudent], x.s[i]);
+      result.of[kTeacher] = fmaxf(result.of[kTeacher], x.t[i]);
+    });
+    return result;
+  }
+
+  // Logits become exponentials; the part of this piece in `sums`.
+  __device__ Values<4> exponentiate(const Piece& piece, Pairs& x) const {
+    Values<4> part = {};
+    piece.each([&](int i) {
+      const float s = x.s[i] - largest.of[kStudent], t = x.t[i] - largest.of[kTeacher];
+      x.s[i] = exponential<kPowerOf2>(s * scale);
+      x.t[i] = exponential<kPowerOf2>(t * scale);
+      x.ratio_t[i] = t - s;
+      part.of[kStudent] += x.s[i];
+      part.of[kTeacher] += x.t[i];
+      if (!kTwoRounds) part.of[kDifference] = fmaf(x.t[i], x.ratio_t[i], part.of[kDifference]);
+      if (kShort) part.of[kExcess] += x.s[i] - x.t[i];
+    });
+    return part;
+  }
+
+  // Counts the sums from `to`, at least `largest`, instead of from `largest`.
+  __device__ void move_largest(const Values<2>& to) {
+    const float s = largest.of[kStudent] - to.of[kStudent], t = largest.of[kTeacher] - to.of[kTeacher];
+    const float factor = exponential<kPowerOf2>(t * scale);
+    if (sums.of[kTeacher] > 0) sums.of[kDifference] += (t - s) * sums.of[kTeacher];  // else t may be -inf
+    sums.of[kDifference] *= factor;
+    sums.of[kTeacher] *= factor;
+    sums.of[kStudent] *= exponential<kPowerOf2>(s * scale);
+    largest = to;
+  }
+
+  // log(sum of student / sum of teacher). Sums that are near each other have lost what tells them apart, and a short
+  // row has time for a sum of differences, which has it: at a temperature of 4 that halves the error of the loss.
+  __device__ float log_of_sums() const {
+    const float s = sums.of[kStudent], t = sums.of[kTeacher], excess = sums.of[kExcess];
+    if (kShort && fabsf(excess) < 0.5f * t) return log1pf(excess / t);
+    return logf(s / t);
+  }
+
+  // From each thread's sums those of the row, and what follows from them.
+  __device__ void finish_sums() {
+    reduce<kTeam, kSums>(sums, Sum{});
+    per_sum = {1 / sums.of[kStudent], 1 / sums.of[kTeacher]};
+    if (kTwoRounds) log_ratio = log_of_sums() / kNats;
+    else means.of[kTeacher] = sums.of[kDifference] * per_sum.of[kTeacher];
+  }
+
+  // The second round: logarithms of probabilities' ratios; the part of this piece in `means`.
+  __device__ Values<2> compare(const Piece& piece, Pairs& x) const {
+    Values<2> part = {};
+    piece.each([&](int i) {
+      const float ratio = fmaf(x.ratio_t[i], scale, log_ratio);
+      x.ratio_t[i] = ratio;
+      if (kJs) {
+        const float of_larger = log_half_1p(exponential<kPowerOf2>(-fabsf(ratio)));  // log(m / max(p, q))
+        x.ratio_s[i] = fmaf(fminf(-ratio, 0), kNats, -of_larger);
+        x.ratio_t[i] = fmaf(fminf(ratio, 0), kNats, -of_larger);
+        part.of[kStudent] = fmaf(x.s[i], x.ratio_s[i], part.of[kStudent]);
       }
+      part.of[kTeacher] = fmaf(x.t[i], x.ratio_t[i], part.of[kTeacher]);
+    });
+    return part;
+  }
+
+  __device__ void finish_means() {
+    reduce<kTeam, kMeans>(means, Sum{});
+    means.of[kStudent] *= per_sum.of[kStudent];
+    means.of[kTeacher] *= per_sum.of[kTeacher];
+  }
+
+  __device__ void store_loss() const {
+    if (member != 0) return;
+    float loss = means.of[kTeacher];
+    if (!kTwoRounds) loss = loss * p.scale_e + log_of_sums();
+    if (kJs) loss = 0.5f * (loss + means.of[kStudent]);
+    p.loss[index] = p.temperature * p.temperature * loss;
+  }
+
+  __device__ void store_gradients(const Piece& piece, const Pairs& x, int64_t begin) const {
+    const int64_t offset = index * p.classes + begin;
+    const float factor = p.temperature * p.weight * (kJs ? 0.5f : 1.0f);
+    const float of_s = factor * per_sum.of[kStudent], of_t = factor * per_sum.of[kTeacher];
+    const float of_ratio = (kTwoRounds ? factor : p.weight) * per_sum.of[kTeacher];  // t - s is not divided by T yet
+    if (p.student_grad)
+      piece.store(static_cast<T*>(p.student_grad) + offset, [&](int i) {
+        if (kJs) return x.s[i] * of_s * (x.ratio_s[i] - means.of[kStudent]);
+        return fmaf(x.s[i], of_s, -(x.t[i] * of_t));
+      });
+    if (p.teacher_grad)
+      piece.store(static_cast<T*>(p.teacher_grad) + offset,
+                  [&](int i) { return x.t[i] * of_ratio * (x.ratio_t[i] - means.of[kTeacher]); });
+  }
+};
+
+// kl and js of a row that fits the team's registers. (Without the 1, ptxas spills four bytes of js for sm_100.)
+template <class T, int kTeam, int kHeld, int kRun, int kKind>
+__global__ void __launch_bounds__(threads_of_block(kTeam), 1) kd_loss_kernel(const Arguments p) {
+  Row<T, kTeam, kHeld, kRun, kKind> row{p};
+  if (row.index >= p.rows) return;  // a whole team
+  const auto piece = row.piece(0);
+  typename decltype(row)::Pairs x;
+  row.load(piece, x, 0);
+  row.largest = row.largest_with(piece, x);
+  reduce<kTeam, kLargest>(row.largest, Max{});
+  row.sums = row.exponentiate(piece, x);
+  row.finish_sums();
+  if (row.kTwoRounds) {
+    row.means = row.compare(piece, x);
+    row.finish_means();
+  }
+  row.store_loss();
+  row.store_gradients(piece, x, 0);
+}
+
+// kl and js of any row: the sums in one sweep, by an online softmax of each thread's own, js's means in another, the
+// gradients in the last. Every other sweep goes backwards, so that it begins with what the caches still hold: with two
+// blocks on each SM, rows of 65,536 classes in bfloat16 are 67 MB, and an H200 has 50 MB of L2.
+template <class T, int kTeam, int kHeld, int kRun, int kKind>
+__global__ void __launch_bounds__(kTeam, 1024 / kTeam) kd_loss_long_kernel(const Arguments p) {
+  Row<T, kTeam, kHeld, kRun, kKind> row{p};
+  typename decltype(row)::Pairs x;
+  bool backwards = false;
+  auto sweep = [&](auto body) {
+    constexpr int64_t kStep = kTeam * kHeld;
+    const int64_t steps = (p.classes + kStep - 1) / kStep;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t begin = (backwards ? steps - 1 - step : step) * kStep;
+      const auto piece = row.piece(begin);
+      row.load(piece, x, begin);
+      body(piece, begin);
     }
-    const int64_t offset = row * p.classes;
-    if (p.student_grad) slice.store(static_cast<T*>(p.student_grad) + offset, s, vectors);
-    if (p.teacher_grad) slice.store(static_cast<T*>(p.teacher_grad) + offset, t, vectors);
+    backwards = !backwards;
+  };
+
+  sweep([&](const auto& piece, int64_t) {
+    row.move_largest(row.largest_with(piece, x));
+    row.sums += row.exponentiate(piece, x);
   });
+  Values<2> largest = row.largest;
+  reduce<kTeam, kLargest>(largest, Max{});
+  row.move_largest(largest);
+  row.finish_sums();
+  if (row.kTwoRounds) {
+    sweep([&](const auto& piece, int64_t) {
+      row.exponentiate(piece, x);
+      row.means += row.compare(piece, x);
+    });
+    row.finish_means();
+  }
+  row.store_loss();
+  if (!p.student_grad && !p.teacher_grad) return;
+  sweep([&](const auto& piece, int64_t begin) {
+    row.exponentiate(piece, x);
+    if (row.kTwoRounds) row.compare(piece, x);
+    row.store_gradients(piece, x, begin);
+  });
+}
+
+// l1 and mse of any row, in one sweep: a gradient needs its own pair of logits alone.
+template <class T, int kTeam, int kHeld, int kRun>
+__global__ void __launch_bounds__(threads_of_block(kTeam)) kd_difference_kernel(const Arguments p) {
+  Row<T, kTeam, kHeld, kRun, 0> row{p};
+  if (row.index >= p.rows) return;  // a whole team
+  const float per_class = 1 / static_cast<float>(p.classes);
+  typename decltype(row)::Pairs x;
+  Values<1> loss = {};
+  for (int64_t begin = 0; begin < p.classes; begin += kTeam * kHeld) {
+    const auto piece = row.piece(begin);
+    row.load(piece, x, begin);
+    float part = 0;
+    piece.each([&](int i) {
+      const float difference = x.s[i] - x.t[i];
+      const float sign = static_cast<float>((difference > 0) - (difference < 0));
+      part += p.l1 ? fabsf(difference) : difference * difference;
+      x.s[i] = (p.l1 ? sign : 2 * difference) * per_class * p.weight;
+    });
+    loss.of[0] += part;
+    const int64_t offset = row.index * p.classes + begin;
+    if (p.student_grad) piece.store(static_cast<T*>(p.student_grad) + offset, [&](int i) { return x.s[i]; });
+    if (p.teacher_grad) piece.store(static_cast<T*>(p.teacher_grad) + offset, [&](int i) { return -x.s[i]; });
+  }
+  reduce<kTeam, kSums>(loss, Sum{});
+  if (row.member == 0) p.loss[row.index] = loss.of[0] / static_cast<float>(p.classes);
+}
+
+template <int kTeam>
+const char* queue_rows(void (*kernel)(Arguments), const Arguments& p, void* stream) {
+  constexpr int kThreads = threads_of_block(kTeam), kRows = kThreads / kTeam;
+  return launch(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kTeam), stream, p);
+}
+
+// 1000 classes go to two warps, 16 a thread: 125 vectors of bfloat16 fill 98 % of their 128 places. The 72 registers of
+// kl (js: 80) let 14 rows (12) into an SM with 4 KB of loads each, where bandwidth times latency (2.4 TB/s of reads,
+// 0.7 us, 132 SMs) asks for 13 KB, and 256 rows give 128 SMs a warp for each scheduler. One warp a row would take 25 %
+// fewer instructions for kl, but js would not fit its registers, and few rows would wait twice as long for the last.
+template <class T, int kRun, int kKind>
+const char* queue_softmax(const Arguments& p, void* stream) {
+  if (p.classes <= 256) return queue_rows<32>(kd_loss_kernel<T, 32, 8, kRun, kKind>, p, stream);
+  if (p.classes <= 1024) return queue_rows<64>(kd_loss_kernel<T, 64, 16, kRun, kKind>, p, stream);
+  if (p.classes <= 4096) return queue_rows<256>(kd_loss_kernel<T, 256, 16, kRun, kKind>, p, stream);
+  return queue_rows<512>(kd_loss_long_kernel<T, 512, 8, kRun, kKind>, p, stream);
+}
+
+template <class T, int kRun>
+const char* queue_kind(KDKind kind, const Arguments& p, void* stream) {
+  if (kind == KDKind::kl) return queue_softmax<T, kRun, static_cast<int>(KDKind::kl)>(p, stream);
+  if (kind == KDKind::js) return queue_softmax<T, kRun, static_cast<int>(KDKind::js)>(p, stream);
+  if (p.classes <= 256) return queue_rows<32>(kd_difference_kernel<T, 32, 8, kRun>, p, stream);
+  if (p.classes <= 1024) return queue_rows<64>(kd_difference_kernel<T, 64, 16, kRun>, p, stream);
+  return queue_rows<256>(kd_difference_kernel<T, 256, 16, kRun>, p, stream);
 }
 
 template <class T>
@@ -200,17 +463,34 @@ bool fits_vectors(const KDLoss& p) {
   for (const void* pointer : {p.student, p.teacher, static_cast<const void*>(p.student_grad),
                               static_cast<const void*>(p.teacher_grad)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16) return false;
-  return p.student_stride % kVector<T> == 0 && p.teacher_stride % kVector<T> == 0 && p.classes % kVector<T> == 0;
+  return p.student_stride % kVector<T> == 0 && p.teacher_stride % kVector<T> == 0;
 }
 
 template <class T>
-const char* queue(const KDLoss& p, void* stream) {
-  const bool vectors = fits_vectors<T>(p);
-  const int64_t blocks_of_warps = (p.rows + 3) / 4;
-  if (p.classes <= kWarp * 8) return launch(kd_loss_kernel<T, kWarp, 8>, blocks_of_warps, 128, 0, stream, p, vectors);
-  if (p.classes <= kWarp * 32) return launch(kd_loss_kernel<T, kWarp, 32>, blocks_of_warps, 128, 0, stream, p, vectors);
-  constexpr int kTeam = 256;
-  return launch(kd_loss_kernel<T, kTeam, 16>, p.rows, kTeam, shared_bytes(kTeam), stream, p, vectors);
+const char* queue(KDLoss p, void* stream) {
+  if (p.kind == KDKind::reverse_kl) {  // kl with the sides exchanged
+    std::swap(p.student, p.teacher);
+    std::swap(p.student_stride, p.teacher_stride);
+    std::swap(p.student_grad, p.teacher_grad);
+    p.kind = KDKind::kl;
+  }
+  const Arguments arguments = {p.student,
+                               p.teacher,
+                               static_cast<float*>(p.loss),
+                               p.student_grad,
+                               p.teacher_grad,
+                               p.rows,
+                               p.classes,
+                               p.student_stride,
+                               p.teacher_stride,
+                               static_cast<float>(p.temperature),
+                               static_cast<float>(p.weight),
+                               static_cast<float>(1 / p.temperature),
+                               static_cast<float>(1.4426950408889634 / p.temperature),
+                               p.kind == KDKind::l1,
+                               fits_vectors<T>(p)};
+  if (p.classes % kVector<T> == 0) return queue_kind<T, kVector<T>>(p.kind, arguments, stream);
+  return queue_kind<T, 1>(p.kind, arguments, stream);
 }
 
 }  // namespace

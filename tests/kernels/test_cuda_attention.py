@@ -114,6 +114,15 @@ def test_a_head_that_does_not_fit_is_streamed(cuda):
     assert_both_accurate(cuda, qkv, grad_out, scale)
 
 
+@pytest.mark.parametrize("tokens, head_dim", ((50, 64), (65, 32), (145, 64)))
+def test_each_device_computes_the_same(cuda, tokens, head_dim):
+    """sm_80 has 163 KiB of shared memory and must write weights pair by pair, which sm_90 does in blocks."""
+    qkv, grad_out, scale = inputs(tokens, 3, head_dim, torch.bfloat16)
+    grad = cuda.attention_backward(grad_out, qkv, scale)
+    cuda.max_shared = 163 * 1024
+    assert torch.equal(cuda.attention_backward(grad_out, qkv, scale), grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (24, 32))
 def test_scale_zero_is_a_mean(cuda, head_dim, dtype):

@@ -1,6 +1,7 @@
 """The CUDA kd_loss against the formula in float64, run on the CPU by the emulator in cuda_host (ASan, UBSan)."""
 
 import importlib
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -46,6 +47,72 @@ def test_matches_the_formula(cuda, classes, kind, dtype):
     assert_all_accurate(cuda, *logits(7, classes, dtype), kind, 1.0 if kind in ("l1", "mse") else 4.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ("kl", "js", "mse"))
+@pytest.mark.parametrize("classes", (255, 257, 264, 999, 1001, 1032, 4095, 4096, 4104))
+def test_either_side_of_a_vector_and_of_a_team(cuda, classes, kind, dtype):
+    """Rows of whole vectors and of single elements, just within a team's registers and just beyond."""
+    assert_all_accurate(cuda, *logits(3, classes, dtype), kind, 1.0)
+
+
+@pytest.mark.parametrize("kind", ("kl", "reverse_kl", "js"))
+@pytest.mark.parametrize("temperature", (0.3, 3.0, 20.0))
+@pytest.mark.parametrize("classes", (10, 1000, 5000))
+def test_temperatures(cuda, classes, temperature, kind):
+    assert_all_accurate(cuda, *logits(7, classes, torch.float32), kind, temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ("kl", "js"))
+@pytest.mark.parametrize("classes", (10, 1000, 5000))
+def test_near_students(cuda, classes, kind, dtype):
+    """As late in a training: the loss is what is left of large terms."""
+    student, noise = logits(7, classes, torch.float32)
+    assert_all_accurate(cuda, student.to(dtype), (student + noise / 30).to(dtype), kind, 4.0)
+
+
+@pytest.mark.parametrize("kind", ("kl", "reverse_kl", "js"))
+@pytest.mark.parametrize("classes", (10, 1000, 1001, 4097))
+@pytest.mark.parametrize("largest", (-3e38, 3e38))
+def test_logits_as_large_as_float32_has(cuda, largest, classes, kind):
+    """What lies beyond the row, or beyond a thread's last class, must not meet them."""
+    student = torch.full((2, classes), largest)
+    teacher = student.clone()
+    teacher[1, classes // 2 :] *= 1 - 2**-20 if largest > 0 else 1 + 2**-20
+    loss, *grads = cuda.kd_loss(student, teacher, KINDS.index(kind), 1.0, True, True)
+    expected = kd_rows_formula(student.double(), teacher.double(), kind, 1.0)
+    assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert all(grad[0].eq(0).all() and grad[1].isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("kind", ("kl", "js"))
+@pytest.mark.parametrize("descending", (False, True))
+def test_maximum_that_moves_from_stretch_to_stretch(cuda, descending, kind):
+    student, teacher = logits(5, 20_000, torch.float32)
+    student, teacher = student.sort(descending=descending).values, teacher.sort(descending=not descending).values
+    assert_all_accurate(cuda, student, teacher, kind, 1.0)
+
+
+@pytest.mark.parametrize("classes", (10, 1000, 1001, 5000))
+def test_reverse_kl_is_kl_with_the_sides_exchanged(cuda, classes):
+    student, teacher = logits(3, classes, torch.bfloat16)
+    teacher = torch.cat([teacher, teacher], dim=1)[:, :classes]
+    for wanted in ((True, True), (True, False), (False, True)):
+        loss, student_grad, teacher_grad = cuda.kd_loss(student, teacher, KINDS.index("reverse_kl"), 2.0, *wanted)
+        exchanged = cuda.kd_loss(teacher, student, KINDS.index("kl"), 2.0, *wanted[::-1])
+        assert all(torch.equal(a, b) for a, b in zip((loss, teacher_grad, student_grad), exchanged, strict=True))
+
+
+@pytest.mark.parametrize("classes", (10, 1000, 1001, 5000))
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_is_of_the_gradients(cuda, kind, classes):
+    student, teacher = logits(3, classes, torch.float32)
+    loss, *grads = cuda.kd_loss(student, teacher, KINDS.index(kind), 1.0, True, True)
+    weighted_loss, *weighted = cuda.kd_loss(student, teacher, KINDS.index(kind), 1.0, True, True, weight=0.25)
+    assert torch.equal(weighted_loss, loss)
+    assert all(torch.equal(a, b / 4) for a, b in zip(weighted, grads, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_very_wide_row(cuda, kind):
     assert_all_accurate(cuda, *logits(4, 65_539, torch.bfloat16), kind, 1.0)
@@ -86,7 +153,19 @@ def test_nan_and_inf_stay_in_their_row_and_match_the_formula(cuda, value, kind, 
         assert got[0].isfinite().all() and got[2].isfinite().all()
 
 
-@pytest.mark.parametrize("classes", (10, 1000, 4104))
+@pytest.mark.parametrize("classes", (10, 1000, 5000))
+@pytest.mark.parametrize("kind", ("kl", "reverse_kl", "js"))
+def test_masked_classes_match_the_formula(cuda, kind, classes):
+    """So many logits of -inf that a thread has no other."""
+    student, teacher = logits(3, classes, torch.float32)
+    student[0, : classes // 2] = teacher[1, : classes // 2] = teacher[2] = -math.inf
+    actual = cuda.kd_loss(student, teacher, KINDS.index(kind), 1.0, True, True)
+    expected = kd_loss_formula(student, teacher, KINDS.index(kind), 1.0, True, True)
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", (10, 1000, 1001, 4104))
 def test_unwanted_gradients_are_not_written_and_change_nothing(cuda, classes):
     student, teacher = logits(5, classes, torch.bfloat16)
     loss, student_grad, teacher_grad = cuda.kd_loss(student, teacher, 0, 2.0, True, True)
@@ -98,7 +177,7 @@ def test_unwanted_gradients_are_not_written_and_change_nothing(cuda, classes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", (104, 1000, 4104))
+@pytest.mark.parametrize("classes", (101, 104, 1000, 1001, 4104))
 def test_layouts_change_no_bit(cuda, classes, dtype):
     student, teacher = logits(5, classes, dtype)
     expected = cuda.kd_loss(student, teacher, 2, 1.5, True, True)
@@ -121,7 +200,7 @@ def test_layouts_change_no_bit(cuda, classes, dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("classes", (10, 1000, 5000))
+@pytest.mark.parametrize("classes", (10, 1000, 2000, 5000))
 def test_the_order_in_which_threads_run_changes_no_bit(cuda, classes):
     student, teacher = logits(5, classes, torch.float16)
     results = []

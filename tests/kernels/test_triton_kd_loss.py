@@ -19,7 +19,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter truncates to bfloat16 instead of rounding, so bfloat16 waits for a GPU.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 SOFTMAX_KINDS = tuple(kind for kind in KINDS if kind not in ("l1", "mse"))
-CLASSES = (1, 2, 10, 31, 32, 33, 100, 1000, 1024, 1025, 8193, *(() if INTERPRETED else (8192, 20_000, 65_536)))
+CLASSES = (1, 2, 10, 31, 32, 33, 100, 256, 257, 1000, 1024, 1025, 4096, 4097, 8193)
+if not INTERPRETED:
+    CLASSES += (8192, 20_000, 65_536)
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")] + ([] if INTERPRETED else [pytest.mark.gpu])
 gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no such thing")
@@ -106,6 +108,36 @@ def test_only_what_is_wanted(classes, kind):
         assert torch.equal(result[0], both[0])
         for grad, expected, wanted in zip(result[1:], both[1:], (student_grad, teacher_grad)):
             assert torch.equal(grad, expected) if wanted else grad.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [10, 8200])
+def test_weight_is_of_the_gradients(classes, kind):
+    student, teacher = draw(3, classes, torch.float32)
+    index = KINDS.index(kind)
+    rows, *grads = kd_loss(student, teacher, index, 1.0, True, True)
+    weighted_rows, *weighted = kd_loss(student, teacher, index, 1.0, True, True, 0.25)
+    assert torch.equal(weighted_rows, rows)
+    for mine, expected in zip(weighted, grads):
+        assert torch.equal(mine, expected / 4)
+
+
+@pytest.mark.parametrize("classes", [10, 8200])
+def test_reverse_kl_is_kl_with_the_sides_exchanged(classes):
+    student, teacher = draw(3, classes, torch.float16)
+    teacher = padded_rows(teacher)
+    for wanted in ((True, True), (True, False), (False, True)):
+        rows, student_grad, teacher_grad = kd_loss(student, teacher, KINDS.index("reverse_kl"), 2.0, *wanted)
+        exchanged = kd_loss(teacher, student, KINDS.index("kl"), 2.0, *wanted[::-1])
+        for mine, other in zip((rows, teacher_grad, student_grad), exchanged):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("kind", SOFTMAX_KINDS)
+@pytest.mark.parametrize("descending", [False, True])
+def test_maximum_that_moves_from_block_to_block(descending, kind):
+    student, teacher = draw(6, 8200, torch.float32, spread=30)
+    check(student.sort(descending=descending).values, teacher.sort(descending=not descending).values, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

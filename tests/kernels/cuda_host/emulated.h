@@ -41,6 +41,8 @@ inline uint32_t shuffle_xor(uint32_t value, int mask) {
   return value;
 }
 
+inline int warp_index() { return threadIdx.x / kWarp; }
+
 // ex2.approx.ftz: exact for whole numbers, else 2 ulp off, here always and up or down by a bit of x; no denormals.
 inline float fast_exp2(float x) {
   float y = std::exp2(x);
@@ -82,6 +84,11 @@ uint32_t pack(float low, float high) {
   from_float(a, low);
   from_float(b, high);
   return a.bits | uint32_t{b.bits} << 16;
+}
+
+inline void store_vector(void* global, const Vector<uint32_t>& vector) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) simt::fail("a 16-byte store off its alignment");
+  std::memcpy(global, &vector, 16);
 }
 
 inline void copy_async(void* shared, const void* global, bool inside) {
@@ -128,6 +135,26 @@ void load_matrices(uint32_t (&to)[4], const void* row) {
         }
   });
   std::memcpy(to, mine.result, sizeof mine.result);
+}
+
+// Only what has as much shared memory as sm_90 has this instruction.
+inline bool stores_matrices() { return simt::max_shared >= 227 * 1024; }
+struct StoreMatrices {
+  uint16_t* row;
+  const uint32_t* registers;
+};
+inline void store_matrices(void* row, const uint32_t (&from)[4]) {
+  static const char operation = 0;
+  check_shared(row);
+  StoreMatrices mine{static_cast<uint16_t*>(row), from};
+  simt::warp_collective(&operation, mine, [](StoreMatrices** all) {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int row = 0; row < 8; ++row)
+        for (int column = 0; column < 8; ++column) {
+          const uint32_t both = all[4 * row + column / 2]->registers[matrix];
+          all[8 * matrix + row]->row[column] = static_cast<uint16_t>(both >> 16 * (column % 2));
+        }
+  });
 }
 
 struct Mma {
