@@ -112,8 +112,8 @@ template <class T, int D, int kBelow, int kTiles>
 __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
     attention_head_forward_kernel(const Attention p, const float scale_log2) {
   using S = ForwardShape<D, kTiles>;
-  const int in_block = S::kHeads > 1 ? warp_index() / S::kWarps : 0;
-  const int thread = threadIdx.x - in_block * S::kHeadThreads, warp = warp_index() - in_block * S::kWarps;
+  const int in_block = S::kHeads > 1 ? threadIdx.x / S::kHeadThreads : 0;
+  const int thread = threadIdx.x - in_block * S::kHeadThreads, warp = thread / kWarp;
   const int tokens = static_cast<int>(p.tokens);
   const unsigned index = blockIdx.x * S::kHeads + in_block;
   const bool present = index < p.batch * p.heads;
