@@ -10,14 +10,15 @@ ranges are constants to it. The GPU is asked for its name when its first tensor 
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 
 Name = Literal["native", "triton", "sdpa"]
+_Function = TypeVar("_Function", bound=Callable)
 
 # Not measured: tokens up to which our kernels take attention where nothing else is known. With 16 bits and these widths
 # the CUDA kernels hold a head and its weights in shared memory, and how many tokens fit follows from how much of it a
@@ -31,7 +32,7 @@ def default_tokens(capability: Sequence[int] | None, kind: str, head_dim: int | 
     """The default for a GPU of that compute capability (None: unknown) and a head of that dtype class and width."""
     if kind != "16-bit" or head_dim not in WHOLE_HEAD_DIMS or capability is None:
         return _OTHER_TOKENS
-    return _WHOLE_TOKENS.get(tuple(capability), _OTHER_TOKENS)
+    return _WHOLE_TOKENS.get((capability[0], capability[1]), _OTHER_TOKENS)
 
 
 WISH = os.environ.get("VITKD_CUDA_BACKEND", "")
@@ -53,6 +54,12 @@ class Range(NamedTuple):
 def dtype_class(dtype: torch.dtype) -> str:
     """bfloat16 and float16 move the same bytes and use the same tensor cores: one measurement serves both."""
     return f"{dtype.itemsize * 8}-bit"
+
+
+def _constant(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does, which would import all of Dynamo, and Triton with it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @cache
@@ -80,6 +87,7 @@ def _attention(device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | No
         return ((None, _wished()),)
     kind = dtype_class(dtype)
     measured = entry(device).get("attention", {}).get(kind, {})
+    widths: dict[int | None, tuple[Range, ...]]
     widths = {int(width): _measured(ranges, "tokens") for width, ranges in measured.items()}
     _, capability = _model(device) or (None, None)
     for width in (*WHOLE_HEAD_DIMS, None):
@@ -98,7 +106,7 @@ def _default(tokens: int) -> tuple[Range, ...]:
     )
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def attention(device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
     """For each head_dim that was measured, and at last for any other (None), who takes how many tokens."""
     return _attention(device, dtype)
@@ -112,7 +120,7 @@ def _kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
     return _measured(measured, "classes") if measured else (_range(None, "native", "default, not measured"),)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
     """Who takes how many classes. torch has no such loss, so "sdpa" stands for none of the kernels being there."""
     return _kd_loss(device, dtype)
