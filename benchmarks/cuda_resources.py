@@ -72,6 +72,16 @@ def parse(log: str) -> list[dict]:
     return rows
 
 
+def spilling(rows: list[dict]) -> list[dict]:
+    """Half-precision kernels that spill, those of whole heads more than a few addresses needed once per head."""
+
+    def bound(row: dict) -> int:
+        return 64 if row["kernel"].startswith("attention_head") else 0
+
+    half = [row for row in rows if row["dtype"] != "float32"]
+    return [row for row in half if max(row["spill_store_bytes"], row["spill_load_bytes"]) > bound(row)]
+
+
 def _shared_memory(rows: list[dict], folder: Path) -> dict[tuple, int]:
     """The most dynamic shared memory that each kernel is launched with: from the sources, compiled as plain C++."""
     kernels = sorted({(row["kernel"], row["dtype"], row["arguments"]) for row in rows})
@@ -137,6 +147,8 @@ def main() -> None:
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if found := spilling(rows):
+        sys.exit("\n".join(["These spill too much:", *map(str, found)]))
 
 
 if __name__ == "__main__":

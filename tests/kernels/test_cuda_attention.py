@@ -251,12 +251,14 @@ def padded(tensor, extra):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, heads, head_dim", ((130, 1, 24), (130, 5, 32), (50, 5, 64), (197, 3, 32)))
+@pytest.mark.parametrize("tokens, heads, head_dim", ((130, 1, 24), (114, 5, 32), (50, 5, 64), (197, 3, 32)))
 def test_the_order_in_which_threads_run_changes_no_bit(cuda, tokens, heads, head_dim, dtype):
     """A missing barrier, or a copy that is not waited for, would show: the schedules are each other's opposites.
 
     The emulated device runs two blocks at a time: of 3 and 5 heads, blocks go on to a second and a third.
     """
+    if dtype is torch.float32 and head_dim in WHOLE:
+        pytest.skip("float32 is streamed at any width")
     qkv, grad_out, scale = inputs(tokens, heads, head_dim, dtype)
     results = []
     for cuda.schedule in host.SCHEDULES:

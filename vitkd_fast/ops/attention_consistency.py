@@ -1,0 +1,214 @@
+"""Attention must follow the image: flipped, shifted or cropped, what was looked at before is looked at still."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitkd_fast.ops._precise import (
+    Reduction,
+    check_choice,
+    check_dtypes_and_devices,
+    precise_dtype,
+    reduced,
+    without_autocast,
+)
+from vitkd_fast.ops.attention_kd import check_attention
+
+Queries = Literal["patches", "prefix"]
+Axis = Sequence[int | None]  # for each place after a transform, the place before it; None: it came from outside
+
+
+class Transform(ABC):
+    """A change of an image that moves whole patches, rows and columns each on their own.
+
+    One rule, `axes`, is read at two resolutions: of pixels it moves the image, of patches (of size 1) the attention
+    map. A transform of your own is a frozen dataclass with that method.
+    """
+
+    @abstractmethod
+    def axes(self, size: tuple[int, int], patch: tuple[int, int]) -> tuple[Axis, Axis]:
+        """Where rows and columns come from, on an image of this (height, width) whose patches have this size."""
+
+    def image(self, images: Tensor, patch: int | tuple[int, int]) -> Tensor:
+        """Images (B, C, height, width) transformed, differentiable; what comes in from outside is 0.
+
+        Raises:
+            ValueError: height or width is not a multiple of the patch's.
+        """
+        patch = (patch, patch) if isinstance(patch, int) else patch
+        size = images.shape[-2], images.shape[-1]
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise ValueError(
+                f"images of {size[0]}×{size[1]} pixels are not made of whole {patch[0]}×{patch[1]} patches."
+            )
+        for dim, axis in zip((-2, -1), self.axes(size, patch), strict=True):
+            source = torch.tensor([place or 0 for place in axis], device=images.device)
+            images = images.index_select(dim, source)
+            if None in axis:
+                inside = torch.tensor([place is not None for place in axis], device=images.device)
+                images = images * (inside.unsqueeze(1) if dim == -2 else inside)
+        return images
+
+    def patches(self, grid: tuple[int, int]) -> tuple[list[int], list[int], int]:
+        """Patches that stay in the image: their numbers before and after, row by row; and how many there are after."""
+        rows, columns = self.axes(grid, (1, 1))
+        pairs = [
+            (row * grid[1] + column, y * len(columns) + x)
+            for y, row in enumerate(rows)
+            for x, column in enumerate(columns)
+            if row is not None and column is not None
+        ]
+        return [before for before, _ in pairs], [after for _, after in pairs], len(rows) * len(columns)
+
+
+@dataclass(frozen=True)
+class HorizontalFlip(Transform):
+    """Left becomes right. A ViT follows it only as far as its patch embedding learned to."""
+
+    def axes(self, size, patch):
+        return range(size[0]), range(size[1] - 1, -1, -1)
+
+
+@dataclass(frozen=True)
+class Shift(Transform):
+    """Down by `rows` and right by `columns` of patches (up and left where negative).
+
+    What leaves the image comes back at the other side if circular; else it is lost, and what comes in is 0.
+    """
+
+    rows: int
+    columns: int
+    circular: bool = True
+
+    def axes(self, size, patch):
+        return self._axis(size[0], self.rows * patch[0]), self._axis(size[1], self.columns * patch[1])
+
+    def _axis(self, length: int, by: int) -> Axis:
+        if self.circular:
+            return [(place - by) % length for place in range(length)]
+        return [place - by if 0 <= place - by < length else None for place in range(length)]
+
+
+@dataclass(frozen=True)
+class Crop(Transform):
+    """The window of `height` × `width` patches whose first patch is (top, left); the image becomes that small.
+
+    The model must take images of that size: of timm's ViTs those made with dynamic_img_size=True do.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def axes(self, size, patch):
+        grid = size[0] // patch[0], size[1] // patch[1]
+        if not (
+            0 <= self.top < self.top + self.height <= grid[0] and 0 <= self.left < self.left + self.width <= grid[1]
+        ):
+            raise ValueError(f"{self} does not lie within {grid[0]}×{grid[1]} patches.")
+        rows = range(self.top * patch[0], (self.top + self.height) * patch[0])
+        return rows, range(self.left * patch[1], (self.left + self.width) * patch[1])
+
+
+TRANSFORMS: dict[str, type[Transform]] = {"flip": HorizontalFlip, "shift": Shift, "crop": Crop}
+
+
+def log_saliency(attention: Tensor, queries: Tensor, keys: Tensor, scale: float | None = None) -> Tensor:
+    """Log of the share of attention that each key gets among `keys`, mean over heads and `queries`: (B, keys).
+
+    Each query's attention is normalised over these keys alone, before the mean: then it does not matter to a query
+    whose keys all remain what else there was to see.
+    """
+    if attention.dim() == 4:
+        scores = attention[:, :, queries][..., keys]
+        scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+    else:
+        query = attention[:, queries, 0].transpose(1, 2)  # (B, H, queries, D)
+        scores = (
+            query * (query.shape[-1] ** -0.5 if scale is None else scale) @ attention[:, keys, 1].permute(0, 2, 3, 1)
+        )
+    count = scores.shape[1] * scores.shape[2]
+    return torch.log_softmax(scores, dim=-1).flatten(1, 2).logsumexp(1) - math.log(count)
+
+
+def attention_consistency_formula(log_before: Tensor, log_after: Tensor) -> Tensor:
+    """KL(before ‖ after) of each image's (B, M) saliency, in nats, (B,)."""
+    return (log_before.exp() * (log_before - log_after)).sum(1)
+
+
+def attention_consistency(
+    attention: Tensor,
+    transformed_attention: Tensor,
+    transform: Transform,
+    *,
+    grid: tuple[int, int],
+    prefix_tokens: int = 0,
+    queries: Queries = "patches",
+    scale: float | None = None,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
+    """How far a block's attention to an image's patches fails to follow the image under a transform.
+
+    Args:
+        attention: of the images, (B, N, 3 or 2, H, D), a block's packed qkv as `vitkd_fast.taps` records it, or
+            (B, H, N, N), the map itself. float32, bfloat16, float16 or float64, any strides.
+        transformed_attention: of the same block for `transform.image(images, patch)`. Both receive gradients.
+        transform: `HorizontalFlip`, `Shift`, `Crop` or a `Transform` of your own.
+        grid: rows and columns of patches in the untransformed image.
+        prefix_tokens: class, distillation and register tokens before the patches: N = prefix_tokens + rows * columns.
+        queries: whose attention: that of the "patches" that are in both images, or that of the "prefix" tokens.
+        scale: what q kᵀ is multiplied by; D ** -0.5 when None. Not used for a map.
+        reduction: "batchmean" (the mean over images) or "none" (each image's loss).
+
+    Returns:
+        KL(a ‖ b) in nats, a scalar or (B,): a and b are the shares of attention that the patches in both images get
+        before and after, mean over heads and queries. In float32 (float64 where an input is). 0 for a network that
+        sees the patches as a set, which a ViT with position embeddings does not.
+
+    Raises:
+        ValueError: another shape, a number of tokens that does not fit the grid, no patch in both images, no prefix
+            tokens to ask, an unknown choice.
+        TypeError, RuntimeError: a dtype that is none of the above, tensors on different devices.
+
+    Source: the place of the loss is L_attention of Habib et al. 2024 (arXiv 2408.05952), "attention consistency" of the
+    generator; its exact form is not published, so this one is ours.
+    """
+    check_choice("queries", queries, Queries)
+    check_choice("reduction", reduction, Reduction)
+    check_dtypes_and_devices(attention=attention, transformed_attention=transformed_attention)
+    before, after, count = transform.patches(grid)
+    _check("attention", attention, prefix_tokens, grid[0] * grid[1])
+    _check("transformed_attention", transformed_attention, prefix_tokens, count)
+    if len(attention) != len(transformed_attention):
+        raise ValueError(
+            f"attention has {len(attention)} images and transformed_attention {len(transformed_attention)}; they must "
+            f"be the same images."
+        )
+    if not before:
+        raise ValueError(f"{transform} leaves none of {grid[0]}×{grid[1]} patches in the image.")
+    if queries == "prefix" and prefix_tokens == 0:
+        raise ValueError('queries is "prefix", but prefix_tokens is 0; ask the "patches", or say how many there are.')
+    dtype = precise_dtype(attention, transformed_attention)
+    saliencies = []
+    with without_autocast(attention.device):
+        for side, places in ((attention, before), (transformed_attention, after)):
+            keys = torch.tensor(places, device=side.device) + prefix_tokens
+            asked = keys if queries == "patches" else torch.arange(prefix_tokens, device=side.device)
+            saliencies.append(log_saliency(side.to(dtype), asked, keys, scale))
+        losses = attention_consistency_formula(*saliencies)
+    return reduced(losses, reduction)
+
+
+def _check(name: str, attention: Tensor, prefix_tokens: int, patches: int) -> None:
+    _, tokens = check_attention(name, attention)
+    if tokens != prefix_tokens + patches:
+        raise ValueError(
+            f"{name} has {tokens} tokens, but {prefix_tokens} prefix tokens and {patches} patches make "
+            f"{prefix_tokens + patches}; check grid= and prefix_tokens=."
+        )
