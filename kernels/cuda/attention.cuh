@@ -1,8 +1,6 @@
 // What the two ways to compute an attention share.
 #pragma once
 
-#include <initializer_list>
-
 #include "../kernels.h"
 #include "device.cuh"
 
@@ -10,17 +8,6 @@ namespace vitkd::cuda {
 
 enum Part { kQuery, kKey, kValue };
 
-constexpr double kLog2E = 1.4426950408889634;  // exp(x) is exp2(kLog2E * x)
-
-// Whether every row starts on 16 bytes and is a whole number of them.
-inline bool fits_vectors(size_t element_bytes, std::initializer_list<const void*> pointers,
-                         std::initializer_list<int64_t> strides) {
-  for (const void* pointer : pointers)
-    if (reinterpret_cast<uintptr_t>(pointer) % 16) return false;
-  for (int64_t stride : strides)
-    if (stride * element_bytes % 16) return false;
-  return true;
-}
 inline bool fits_vectors(size_t element_bytes, const Attention& p) {
   const auto& s = p.qkv_stride;
   return fits_vectors(element_bytes, {p.qkv, p.out}, {s[0], s[1], s[2], s[3], p.head_dim});

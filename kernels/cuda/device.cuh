@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <type_traits>
 
@@ -28,6 +29,18 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
+
+constexpr double kLog2E = 1.4426950408889634;  // exp(x) is exp2(kLog2E * x)
+
+// Whether every row starts on 16 bytes and is a whole number of them.
+inline bool fits_vectors(size_t element_bytes, std::initializer_list<const void*> pointers,
+                         std::initializer_list<int64_t> strides) {
+  for (const void* pointer : pointers)
+    if (reinterpret_cast<uintptr_t>(pointer) % 16) return false;
+  for (int64_t stride : strides)
+    if (stride * element_bytes % 16) return false;
+  return true;
+}
 
 // Where mma.sync puts a 16x8 accumulator: element i of a lane is (row, column).
 __host__ __device__ constexpr int accumulator_row(int lane, int i) { return lane / 4 + i / 2 * 8; }

@@ -459,14 +459,6 @@ const char* queue_kind(KDKind kind, const Arguments& p, void* stream) {
 }
 
 template <class T>
-bool fits_vectors(const KDLoss& p) {
-  for (const void* pointer : {p.student, p.teacher, static_cast<const void*>(p.student_grad),
-                              static_cast<const void*>(p.teacher_grad)})
-    if (reinterpret_cast<uintptr_t>(pointer) % 16) return false;
-  return p.student_stride % kVector<T> == 0 && p.teacher_stride % kVector<T> == 0;
-}
-
-template <class T>
 const char* queue(KDLoss p, void* stream) {
   if (p.kind == KDKind::reverse_kl) {  // kl with the sides exchanged
     std::swap(p.student, p.teacher);
@@ -474,6 +466,8 @@ const char* queue(KDLoss p, void* stream) {
     std::swap(p.student_grad, p.teacher_grad);
     p.kind = KDKind::kl;
   }
+  const bool vectors = fits_vectors(sizeof(T), {p.student, p.teacher, p.student_grad, p.teacher_grad},
+                                    {p.student_stride, p.teacher_stride});
   const Arguments arguments = {p.student,
                                p.teacher,
                                static_cast<float*>(p.loss),
@@ -486,9 +480,9 @@ const char* queue(KDLoss p, void* stream) {
                                static_cast<float>(p.temperature),
                                static_cast<float>(p.weight),
                                static_cast<float>(1 / p.temperature),
-                               static_cast<float>(1.4426950408889634 / p.temperature),
+                               static_cast<float>(kLog2E / p.temperature),
                                p.kind == KDKind::l1,
-                               fits_vectors<T>(p)};
+                               vectors};
   if (p.classes % kVector<T> == 0) return queue_kind<T, kVector<T>>(p.kind, arguments, stream);
   return queue_kind<T, 1>(p.kind, arguments, stream);
 }
