@@ -73,10 +73,10 @@ def parse(log: str) -> list[dict]:
 
 
 def spilling(rows: list[dict]) -> list[dict]:
-    """Half-precision kernels that spill, those of whole heads more than a few addresses needed once per head."""
+    """Half-precision kernels that spill, the forward of whole heads more than three registers needed once per strip."""
 
     def bound(row: dict) -> int:
-        return 64 if row["kernel"].startswith("attention_head") else 0
+        return 12 if row["kernel"] == "attention_head_forward" else 0
 
     half = [row for row in rows if row["dtype"] != "float32"]
     return [row for row in half if max(row["spill_store_bytes"], row["spill_load_bytes"]) > bound(row)]

@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
     const SharedStrip<T, D> strip{queries, first};
     add_part<T, D, kBelow, 0, S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
     if constexpr (S::kPart < kTiles) {
+      __syncwarp();  // or the second part's keys would be loaded before there are registers for them
       add_part<T, D, kBelow, S::kPart, kTiles - S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
     }
     const float inverse[2] = {reciprocal(quad_sum(sum[0])), reciprocal(quad_sum(sum[1]))};
@@ -183,17 +184,20 @@ struct HeadBackward {
   __device__ bool present(int strip) const {
     return (warp + strip * S::kWarps) * 16 < tokens;
   }
+  __device__ T* weights_of(int strip) const { return exchanged + recomputed(first(strip)) * kPitch; }
   // 16 queries' weights, or the gradients of their scores, as left operands.
   using Operands = uint32_t[kTiles][4];
 
   __device__ void exchange(int strip, const Operands& operands) const {
+    T* const to = weights_of(strip);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       if (beyond(tile, tiles())) break;
-      store_operand(exchanged + first(strip) * kPitch + tile * 16, kPitch, operands[tile]);
+      store_operand(to + tile * 16, kPitch, operands[tile]);
     }
   }
 
+  // The softmax of a strip's scores.
   __device__ void weigh(Operands& weights, const Strip<D>& my_queries) const {
     const float factor = fabsf(scale_log2);
     Scores<kTiles> scores = {};
@@ -231,8 +235,9 @@ struct HeadBackward {
   // The weights come out of `exchanged` twice: registers are not enough to keep them.
   __device__ void differentiate(Operands& grad_scores, int strip) const {
     Scores<kTiles> grad_weights = {};
-    multiply_transposed<T, D, kBelow + 1>(grad_weights, SharedStrip<T, D>{grads, first(strip)}, values, tiles());
-    const SharedOperands<T> weights{exchanged + first(strip) * kPitch, kPitch};
+    const SharedStrip<T, D> my_grads{grads, recomputed(first(strip))};
+    multiply_transposed<T, D, kBelow + 1>(grad_weights, my_grads, values, tiles());
+    const SharedOperands<T> weights{weights_of(strip), kPitch};
     float delta[2] = {0, 0};
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -380,7 +385,6 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
       my.store(grad_rows(kKey, owner), grad_key, scale);
     }
   }
-  copy_async_wait<0>();
 }
 
 template <class T, int D, int kBelow, int kTiles>

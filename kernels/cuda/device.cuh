@@ -73,6 +73,12 @@ __device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
 // This thread's warp, in a form that the compiler knows to be the same for all its lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0); }
 
+// The same value; what follows from it is computed where it is needed, and does not wait in registers through a loop.
+__device__ __forceinline__ int recomputed(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // 2^x to 2 ulp in one instruction; results below 2^-126 become 0.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

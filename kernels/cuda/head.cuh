@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_columns(uint32_t (&columns)[4], const T* we
 template <class T, int D, int kSure, int kTiles, class LeftStrip>
 __device__ __forceinline__ void multiply_transposed(float (&product)[kTiles][2][4], const LeftStrip& strip,
                                                     const T* matrix, int tiles, uint32_t sign = 0) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = (D == 32 ? recomputed(threadIdx.x) : threadIdx.x) % kWarp;
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t a[4];

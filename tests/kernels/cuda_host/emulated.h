@@ -86,6 +86,8 @@ uint32_t pack(float low, float high) {
   return a.bits | uint32_t{b.bits} << 16;
 }
 
+inline int recomputed(int value) { return value; }
+
 inline void store_vector(void* global, const Vector<uint32_t>& vector) {
   if (reinterpret_cast<uintptr_t>(global) % 16) simt::fail("a 16-byte store off its alignment");
   std::memcpy(global, &vector, 16);
