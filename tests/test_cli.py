@@ -1,17 +1,20 @@
 """The command line: the Python call's names, tyro's errors for typing mistakes, one line for everything else."""
 
+import importlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vitkd_fast import cli
 from vitkd_fast.config import Config
+from vitkd_fast.methods import METHODS
 
 timm = pytest.importorskip("timm")
 
@@ -28,7 +31,54 @@ def test_every_setting_is_a_flag(capsys):
     for field in fields(Config):
         assert f"--{field.name.replace('_', '-')}" in text, field.name
     text = output_of(capsys, "--help", code=0).out
-    assert all(command in text for command in ("distill", "demo", "doctor"))
+    assert all(command in text for command in ("distill", "demo", "doctor", "methods"))
+
+
+def words_of(help_text):
+    """One line without tyro's frame, so that wrapping does not matter."""
+    return " ".join(help_text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("choice", [("--method", "dafl"), ("--method=dafl",), ("--method", "best", "--method", "dafl")])
+def test_help_shows_the_methods_own_defaults(capsys, choice):
+    text = words_of(output_of(capsys, "distill", *choice, "--help", code=0).out)
+    config = Config(method="dafl")
+    listed = text.partition("--method {")[2].partition("}")[0]
+    assert listed.replace(" ", "").split(",") == list(METHODS)
+    assert "what each is. (default: dafl)" in text
+    assert f"--student-steps INT Steps of the student in each round. (default: {config.student_steps})" in text
+    weights = " ".join(f"{name}={weight:g}" for name, weight in config.generator_objectives.items())
+    assert f"0 turns one off. (default: {weights})" in text
+    plain = words_of(output_of(capsys, "distill", "--help", code=0).out)
+    assert f"--student-steps INT Steps of the student in each round. (default: {Config().student_steps})" in plain
+    assert "None" not in plain.partition("--generator STR")[2].partition("--weight-decay")[0]
+
+
+def test_flags_are_the_fields_of_a_config(monkeypatch):
+    given = {}
+
+    def recorded(teacher, student, **options):
+        given.update(options)
+        return SimpleNamespace(report=SimpleNamespace(status="completed"))
+
+    # vitkd_fast.distill is the function; its module has the same name
+    monkeypatch.setattr(importlib.import_module("vitkd_fast.distill"), "distill", recorded)
+    names = ("distill", "--teacher", "a", "--student", "b")
+    cli.main([*names, "--method", "dafl", "--generator-objectives", "total-variation=0.1", "one_hot=0", "--shift", "3"])
+    assert given.pop("evaluate") is None
+    weights = {"one_hot": 0, "total_variation": 0.1}
+    assert Config(**given) == Config(method="dafl", shift=3, generator_objectives=weights)
+    cli.main([*names, "--student-objectives", "tokens=0.5", "--learn-latent"])
+    given.pop("evaluate")
+    assert Config(**given) == Config(student_objectives={"tokens": 0.5}, learn_latent=True)
+
+
+def test_methods_says_what_each_is(capsys):
+    cli.main(["methods"])
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == list(METHODS)
+    assert all(method.source in " ".join(text.split()) for method in METHODS.values())
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_mistyped_flags_and_values_are_tyros_errors(capsys):
@@ -37,6 +87,10 @@ def test_mistyped_flags_and_values_are_tyros_errors(capsys):
     assert "steps" in output_of(capsys, "distill", *names, "--steps", "many", code=2).err
     assert "student-loss" in output_of(capsys, "distill", *names, "--student-loss", "huber", code=2).err
     assert "--teacher" in output_of(capsys, "distill", code=2).err
+    for word in ("tokens", "tokens=", "=1", "tokens=many"):
+        error = words_of(output_of(capsys, "distill", *names, "--student-objectives", word, code=2).err)
+        assert f"'{word}' is not NAME=WEIGHT, such as tokens=0.5" in error
+    assert "--method" in output_of(capsys, "distill", *names, "--method", code=2).err
 
 
 @pytest.mark.parametrize(
@@ -45,6 +99,10 @@ def test_mistyped_flags_and_values_are_tyros_errors(capsys):
         (("--steps", "0"), "steps is 0; accepted: an integer of at least 1."),
         (("--teacher-checkpoint", "absent.pt"), "teacher_checkpoint absent.pt is not a file."),
         (("--evaluate", "absent"), "evaluate is 'absent', not a folder"),
+        (("--method", "daf"), "method is 'daf'; did you mean dafl"),
+        (("--generator", "convolution"), "generator is 'convolution'; did you mean convolutional?"),
+        (("--generator-objectives", "onehot=1"), "generator_objectives has no 'onehot'; did you mean one_hot?"),
+        (("--student-objectives", "tokens=-1"), "student_objectives is {'logits': 1.0, 'tokens': -1.0}; accepted: "),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line(capsys, arguments, message):

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 
 from vitkd_fast.config import Config
+from vitkd_fast.methods import METHODS, settings_of
 
 
 def test_round_trip_through_json():
-    config = Config(steps=7, out="runs/x", image_size=(8, 6), mean=(0.1, 0.2, 0.3), student_loss="kl", temperature=4.0)
+    config = Config(
+        **{"steps": 7, "out": "runs/x", "image_size": (8, 6), "mean": (0.1, 0.2, 0.3), "student_loss": "kl"},
+        **{"method": "dafl", "generator_objectives": {"one_hot": 0, "total_variation": 0.1}, "temperature": 4.0},
+    )
     assert Config(**json.loads(json.dumps(config.to_dict()))) == config
     assert config.out == Path("runs/x")
 
@@ -25,7 +29,16 @@ def test_round_trip_through_json():
         ("replay", 1.0),
         ("student_lr", 0.0),
         ("temperature", float("nan")),
-        ("balance", -1),
+        ("generator_steps", 0),
+        ("generator_objectives", {"balance": -1}),
+        ("student_objectives", {"tokens": float("inf")}),
+        ("student_objectives", {"tokens": "1"}),
+        ("student_objectives", ["tokens"]),
+        ("restart", "always"),
+        ("images", "old"),
+        ("learn_latent", 1),
+        ("generator", 3),
+        ("weight_decay", -1),
         ("student_loss", "huber"),
         ("precision", "float16"),
         ("image_size", (8,)),
@@ -45,7 +58,31 @@ def test_an_unknown_name_suggests_the_nearest():
         Config.of({"zzz": 3})
 
 
-def test_temperature_needs_a_loss_that_uses_it():
-    with pytest.raises(ValueError, match="set student_loss or disagreement to kl"):
-        Config(temperature=2.0)
-    assert Config(temperature=2.0, student_loss="kl").temperature == 2
+def test_the_method_decides_what_is_not_given():
+    plain, given = Config(method="dafl"), Config(method="dafl", student_steps=7, shift=1)
+    assert (plain.student_steps, plain.shift, plain.images) == (1, 0, "round")
+    assert (given.student_steps, given.shift, given.images) == (7, 1, "round")
+    assert Config().method == "best" and Config() == Config(method="best")
+    decided = settings_of("dafl")
+    assert {name: getattr(plain, name) for name in decided} == decided
+
+
+def test_objectives_are_merged_over_the_methods():
+    config = Config(method="dafl", generator_objectives={"balance": 2.0, "one_hot": 0, "total_variation": 0.1})
+    expected = {"one_hot": 0, "balance": 2.0, "activation": 0.1, "total_variation": 0.1}
+    assert config.generator_objectives == expected
+    assert config.student_objectives == {"logits": 1.0}
+    config.generator_objectives["balance"] = 9.0
+    assert settings_of("dafl")["generator_objectives"]["balance"] == 5.0  # the method's own are not touched
+
+
+def test_every_method_makes_a_config_and_is_repeated_by_it():
+    for name in METHODS:
+        config = Config(method=name)
+        assert Config(**json.loads(json.dumps(config.to_dict()))) == config
+        assert None not in (getattr(config, setting) for setting in settings_of(name))
+
+
+def test_an_unknown_method_suggests_the_nearest():
+    with pytest.raises(ValueError, match="method is 'daf'; did you mean dafl"):
+        Config(method="daf")

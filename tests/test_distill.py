@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkd_fast.config import Config
-from vitkd_fast.distill import distill, is_replay
+from vitkd_fast.distill import distill
 from vitkd_fast.guard import NonFiniteError
+from vitkd_fast.synthesis import is_replay
 
 QUICK = {"batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 
@@ -36,7 +37,7 @@ def test_the_student_comes_to_agree_with_the_teacher():
     result = distill(teacher, student.train(), steps=300, student_lr=0.03, **QUICK)
     assert result.student is student and not student.training
     first, last = result.history[0], result.history[-1]
-    assert last["distillation"] < first["distillation"] / 2
+    assert last["logits"] < first["logits"] / 2
     assert last["tokens"] < first["tokens"] / 3
     assert last["balance"] < -1.2 < first["balance"]  # four classes: -1.386 at best
     assert agreement_of(student, teacher) > before + 0.35  # on images that no generator made
@@ -44,9 +45,11 @@ def test_the_student_comes_to_agree_with_the_teacher():
 
 def test_the_generator_looks_for_disagreement():
     """Against a student that hardly learns, on which it can only gain."""
-    options = {**QUICK, "one_hot": 0.0, "balance": 0.0, "student_steps": 1, "student_lr": 1e-9, "generator_lr": 0.01}
-    result = distill(tiny_teacher(), tiny_student(), steps=60, **options)
-    assert result.history[-1]["adversarial"] < 1.5 * result.history[0]["adversarial"] < 0
+    alone = {"generator_objectives": {"one_hot": 0.0, "balance": 0.0}}
+    rates = {"student_steps": 1, "student_lr": 1e-9, "generator_lr": 0.01}
+    result = distill(tiny_teacher(), tiny_student(), steps=60, **alone, **rates, **QUICK)
+    assert {"one_hot", "balance"}.isdisjoint(result.history[-1])
+    assert result.history[-1]["disagreement"] < 1.5 * result.history[0]["disagreement"] < 0
 
 
 def test_same_seed_same_student_and_the_callers_random_state_is_untouched():
@@ -97,7 +100,7 @@ def test_the_generator_step_leaves_the_student_alone(monkeypatch):
     step = loop.GuardedAdamW.step
 
     def watched_step(self, loss, values, progress):
-        if "adversarial" not in values:
+        if "disagreement" not in values:
             return step(self, loss, values, progress)
         for weight in student.parameters():
             weight.grad = None
@@ -197,15 +200,15 @@ def test_steps_with_a_non_finite_loss_are_skipped_and_counted():
     assert result.report.status == "completed"
     assert all(tensor.isfinite().all() for tensor in result.student.state_dict().values())
     assert all(tensor.isfinite().all() for tensor in result.generator.state_dict().values())
-    assert result.report.skipped["distillation"] == 4
-    assert result.report.skipped["adversarial"] == 1
-    assert math.isfinite(result.history[-1]["distillation"])
+    assert result.report.skipped["logits"] == 4
+    assert result.report.skipped["disagreement"] == 1
+    assert math.isfinite(result.history[-1]["logits"])
     assert "not finite, so skipped: " in str(result.report)
 
 
 def test_too_many_skipped_steps_stop_the_run_with_the_terms_name(tmp_path):
     student = tiny_student()
-    with pytest.raises(NonFiniteError, match=r"Not finite by step 10: .*distillation \(10 times\)"):
+    with pytest.raises(NonFiniteError, match=r"Not finite by step 10: .*logits \(10 times\)"):
         distill(Poisonous(4, 10**6), student, steps=1000, max_skipped=5, out=tmp_path, **QUICK)
     weights = {name: weight for name, weight in tiny_student().named_parameters()}
     assert all(torch.equal(weight, weights[name]) for name, weight in student.named_parameters())
@@ -264,8 +267,8 @@ def test_networks_without_tokens_distil_with_a_note():
 
     result = distill(plain(16), plain(8), steps=12, **QUICK)
     assert "tokens" not in result.history[-1]
-    assert any("token matching is off: the student has no forward_features" in note for note in result.report.notes)
-    assert result.report.settings["tokens"] == 0
+    assert result.report.notes == ["tokens is off: the student has no forward_features that gives (B, N, D) tokens"]
+    assert result.report.settings["student_objectives"] == {"logits": 1.0, "tokens": 1.0}  # what was asked
 
 
 def test_timm_vits_of_other_sizes_share_tokens_and_are_accelerated():
@@ -280,9 +283,10 @@ def test_timm_vits_of_other_sizes_share_tokens_and_are_accelerated():
     result = distill(vit(32, 4), vit(16, 4), steps=6, **QUICK)
     assert "tokens" in result.history[-1]
     assert any(note.startswith("teacher: 1 of 1 attention blocks") for note in result.report.notes)
-    result = distill(vit(32, 4), vit(16, 2), steps=6, accelerate=False, **QUICK)
-    assert any("the student has 17 tokens and the teacher 5" in note for note in result.report.notes)
-    assert not any("attention blocks" in note for note in result.report.notes)
+    asked = {"attention": 1.0, "blocks": 1.0}
+    result = distill(vit(32, 4), vit(16, 2), steps=6, accelerate=False, student_objectives=asked, **QUICK)
+    assert {"tokens", "blocks"} < result.history[-1].keys()
+    assert result.report.notes == ["attention is off: the student has 4×4 patches and the teacher 2×2"]
 
 
 def test_networks_that_do_not_fit_are_refused_before_the_run(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from tiny import TinyNet, same, state
 from torch import nn
 
-from vitkd_fast.guard import GuardedAdamW, Ledger, one_cycle
+from vitkd_fast.guard import PEAK, GuardedAdamW, Ledger, one_cycle
 
 
 def one_step(model, optimizer, images, factor=1.0, progress=0.3):
@@ -93,3 +93,41 @@ def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
     rates = [one_cycle(step / 1000, 2.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.08) and max(rates) == rates[300] == pytest.approx(2.0) and rates[-1] < 1e-4
     assert rates[:301] == sorted(rates[:301]) and rates[300:] == sorted(rates[300:], reverse=True)
+
+
+def test_weights_may_have_a_rate_of_their_own():
+    torch.manual_seed(0)
+    model = TinyNet(8)
+    before = state(model)
+    optimizer = GuardedAdamW("generator", model, 1e-2, ["loss"], own_lr={model.head.bias: 0.5, model.head.weight: 1e-9})
+    for progress in (0.1, PEAK):
+        one_step(model, optimizer, torch.randn(16, 1, 8, 8), progress=progress)
+        rates = [group["lr"] for group in optimizer.optimizer.param_groups]
+        assert rates == pytest.approx([one_cycle(progress, peak) for peak in (1e-2, 0.5, 1e-9)])
+    moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in model.named_parameters()}
+    assert moved["head.bias"] > 0.5  # Adam's first steps are as long as the rate
+    assert 1e-3 < moved["stem.weight"] < 0.03
+    assert moved["head.weight"] < 1e-6
+
+
+def test_a_module_may_have_no_weights_but_those_with_their_own_rate():
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = GuardedAdamW("generator", model, 1e-2, ["loss"], own_lr={model.weight: 0.1})
+    assert [group["peak"] for group in optimizer.optimizer.param_groups] == [0.1]
+
+
+def test_what_is_forgotten_is_learnt_again_as_if_new():
+    torch.manual_seed(0)
+    images = torch.randn(16, 1, 8, 8)
+    model = TinyNet(8).eval()
+    optimizer = GuardedAdamW("generator", model, 1e-2, ["loss"])
+    for _ in range(3):
+        one_step(model, optimizer, images)
+    assert moments(optimizer)
+    fresh = TinyNet(8).eval()
+    fresh.load_state_dict(model.state_dict())
+    optimizer.forget()
+    assert not moments(optimizer)
+    one_step(model, optimizer, images)
+    one_step(fresh, GuardedAdamW("generator", fresh, 1e-2, ["loss"]), images)
+    assert same(state(model), state(fresh))

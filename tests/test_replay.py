@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from vitkd_fast.generator import Generator, ImageSpec
+from vitkd_fast.generator import Convolutional, GeneratorSettings, ImageSpec
 from vitkd_fast.replay import ReplayPool, shifted
 
 
 @pytest.fixture
 def pool():
     spec = ImageSpec(2, 2, (0.5, 0.4), (0.2, 0.3))
-    return ReplayPool(6, Generator(spec, latent=2, width=2))
+    return ReplayPool(6, Convolutional(spec, GeneratorSettings(latent=2, width=2)))
 
 
 def batch_of(pool, *levels):

@@ -48,7 +48,7 @@ def test_metrics_are_the_history_line_by_line(run):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12] == [entry["step"] for entry in result.history]
     assert lines[0].keys() == {
-        *("step", "adversarial", "one_hot", "balance", "generator_gradient", "distillation", "tokens", "agreement"),
+        *("step", "disagreement", "one_hot", "balance", "generator_gradient", "logits", "tokens", "agreement"),
         *("student_gradient", "images_per_second", "skipped"),
     }
 
@@ -118,4 +118,4 @@ def test_metrics_are_valid_json_when_a_window_has_no_generator_step(tmp_path):
 
     distill(tiny_teacher(), tiny_student(), steps=6, out=tmp_path, **{**QUICK, "log_every": 2})
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert ["adversarial" in line for line in lines] == [True, False, True]
+    assert ["disagreement" in line for line in lines] == [True, False, True]

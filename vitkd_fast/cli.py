@@ -1,19 +1,64 @@
-"""The `vitkd` command: `distill`, `demo` and `doctor`, each the Python call of that name with the same arguments."""
+"""The `vitkd` command: `distill`, `demo` and `doctor` are the Python calls of those names; `methods` lists methods."""
 
+import functools
+import shutil
 import sys
+import textwrap
 import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from vitkd_fast.config import Config
+from vitkd_fast.config import OF_METHOD, Config
+from vitkd_fast.methods import METHODS
+
+
+def _weights(words: list[str]) -> dict[str, float]:
+    """NAME=WEIGHT words by name; hyphens in names are underscores."""
+    weights = {}
+    for word in words:
+        name, equals, weight = word.partition("=")
+        try:
+            weights[name.replace("-", "_")] = float(weight)
+        except ValueError:
+            equals = ""
+        if not name or not equals:
+            raise ValueError(f"{word!r} is not NAME=WEIGHT, such as tokens=0.5")
+    return weights
+
+
+Weights = Annotated[
+    Mapping[str, float],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=WEIGHT …]",
+        instance_from_str=_weights,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda weights: [f"{name}={weight:g}" for name, weight in weights.items()],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Config):
+    """`Config` as words on a command line."""
+
+    method: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(METHODS)}}}")] = "best"
+    """Which method decides what follows, where it is not given; `vitkd methods` says what each is."""
+    generator_objectives: Weights = OF_METHOD
+    """Weights of what the generator minimises, beside the method's or in place of them; 0 turns one off."""
+    student_objectives: Weights = OF_METHOD
+    """Weights of what the student minimises, beside the method's or in place of them; 0 turns one off."""
 
 
 def distill(
     teacher: str,
     student: str,
-    settings: Annotated[Config, tyro.conf.arg(name="")],
+    settings: Annotated[Settings, tyro.conf.arg(name="")],
     evaluate: Path | None = None,
 ) -> None:
     """Compress a timm model without its data; the student and the report go to --out.
@@ -52,14 +97,30 @@ def doctor() -> None:
     print(doctor())
 
 
+def methods() -> None:
+    """Say what each method is, and what it takes from where."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    wrapper = textwrap.TextWrapper(width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    for method in METHODS.values():
+        print(method.name, wrapper.fill(method.source), sep="\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user can put right is one line on standard error and exit code 2.
 
     Ctrl-C exits with 130, after `distill` has saved what it has.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        # The method's own settings become the defaults, which --help shows.
+        settings = Settings(method=_method(arguments))
         tyro.extras.subcommand_cli_from_dict(
-            {"distill": distill, "demo": demo, "doctor": doctor},
+            {
+                "distill": functools.partial(distill, settings=settings),
+                "demo": demo,
+                "doctor": doctor,
+                "methods": methods,
+            },
             prog="vitkd",
             description="Compress a Vision Transformer without its training data.",
             args=arguments,
@@ -71,6 +132,17 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _method(arguments: list[str]) -> str:
+    """The value of the last --method, which is the one that counts."""
+    found = Settings.method
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        if word == "--method" and following and not following.startswith("-"):
+            found = following
+        elif word.startswith("--method="):
+            found = word.removeprefix("--method=")
+    return found
 
 
 def _is_ours(error: Exception) -> bool:

@@ -1,22 +1,26 @@
 """Everything a run can be told: the fields are the keyword names of `vitkd_fast.distill` and the flags of the CLI."""
 
-import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from vitkd_fast.methods import settings_of
 from vitkd_fast.ops.kd_loss import KINDS, Kind
+from vitkd_fast.suggest import suggestion
 
-# The paper (arXiv 2408.05952) gives the structure of the losses; these numbers are ours, tried on handwritten digits.
+OF_METHOD: Any = None  # replaced by the method's setting when the Config is made
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of one distillation. Checked when made; `distill` resolves what is None from the teacher."""
+    """Settings of one distillation, checked when made.
+
+    What the method decides and is not given is the method's; `distill` resolves what is still None from the teacher.
+    """
 
     steps: int = 5000
     """Student steps."""
@@ -40,42 +44,63 @@ class Config:
     std: tuple[float, ...] | None = None
     """Per channel, what the teacher's normalisation divides by; read from the teacher when None."""
 
-    student_steps: int = 5
-    """Student steps for each generator step."""
-    student_lr: float = 1e-3
+    method: str = "best"
+    """Which of `vitkd_fast.methods.METHODS` decides what follows, where it is not given."""
+
+    # What the method decides
+    generator: str = OF_METHOD
+    """Which of `vitkd_fast.generator.GENERATORS` makes the images."""
+    generator_objectives: Mapping[str, float] = OF_METHOD
+    """Weights of what the generator minimises, by name, beside the method's or in place of them; 0 turns one off."""
+    student_objectives: Mapping[str, float] = OF_METHOD
+    """Weights of what the student minimises, by name, beside the method's or in place of them; 0 turns one off."""
+    generator_steps: int = OF_METHOD
+    """Steps of the generator in each round."""
+    student_steps: int = OF_METHOD
+    """Steps of the student in each round."""
+    restart: Literal["never", "round", "meta", "noise"] = OF_METHOD
+    """What begins anew in each round: nothing, all, all from learned weights (meta), the noisy layer."""
+    life: int = OF_METHOD
+    """Rounds after which the generator begins anew; 0: never."""
+    learn_latent: bool = OF_METHOD
+    """Learn the noise of a round's batch together with the generator."""
+    conditional: bool = OF_METHOD
+    """Ask the generator for classes: it gets a label with the noise."""
+    images: Literal["fresh", "round", "pool"] = OF_METHOD
+    """What the student sees: images of the generator as it is; the batch that the round improved; the pool."""
+    replay: float = OF_METHOD
+    """Share of the student's steps on replayed batches, where images are fresh."""
+    pool: int = OF_METHOD
+    """Images kept for replay, on the device, as bytes."""
+    shift: int = OF_METHOD
+    """Images are shifted by up to this many pixels, each by its own, before both networks see them."""
+    jitter: float = OF_METHOD
+    """In the generator's steps, the batch is rolled by up to this share of its height and width before both networks
+    see it."""
+    keep_patches: float = OF_METHOD
+    """Share of the teacher's patches that are still there at the end of a round, the most attended; 1 keeps all."""
+    student_loss: Kind = OF_METHOD
+    """What the student minimises between its logits and the teacher's."""
+    disagreement: Kind = OF_METHOD
+    """What the generator maximises between the same logits."""
+    temperature: float = OF_METHOD
+    """Softens the logits in kl, reverse_kl and js; l1 and mse compare raw logits."""
+    student_lr: float = OF_METHOD
     """Peak of the student's one-cycle learning rate."""
-    generator_lr: float = 1e-3
-    """Peak of the generator's one-cycle learning rate."""
+    generator_lr: float = OF_METHOD
+    """Of the generator. One cycle's peak: over the run, or over each round if all of it starts anew there; constant
+    where restart is meta or noise."""
+    latent_lr: float = OF_METHOD
+    """Learning rate of a learned noise."""
+
     weight_decay: float = 0.01
     """Of the student (AdamW)."""
     clip: float = 1.0
     """Largest gradient norm of a step; 0 does not clip."""
-
-    student_loss: Kind = "l1"
-    """What the student minimises between its logits and the teacher's."""
-    disagreement: Kind = "l1"
-    """What the generator maximises between the same logits."""
-    temperature: float = 1.0
-    """Softens the logits in kl, reverse_kl and js; must stay 1 for l1 and mse."""
-    tokens: float = 1.0
-    """Weight of matching the student's last tokens to the teacher's through a learned projection; 0 is off."""
-    adversarial: float = 0.3
-    """Weight of the generator's disagreement term."""
-    one_hot: float = 1.0
-    """Weight of the generator's class prior: the teacher should be sure of each image."""
-    balance: float = 5.0
-    """Weight of the generator's class balance: a batch should hold every class."""
-
     latent: int = 128
     """Noise values per image."""
     width: int = 128
     """Channels of the generator's first, coarsest feature map; halved at each doubling of the size."""
-    replay: float = 0.5
-    """Share of the student's steps on replayed batches."""
-    pool: int = 8192
-    """Images kept for replay, on the device, as bytes."""
-    shift: int = 2
-    """Images are shifted by up to this many pixels, each by its own, before both networks see them."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the three networks under autocast; weights, optimisers and losses stay float32."""
@@ -91,6 +116,13 @@ class Config:
     """Show a progress bar when standard error is a terminal."""
 
     def __post_init__(self) -> None:
+        for name, value in settings_of(self.method).items():
+            given = getattr(self, name)
+            if isinstance(value, Mapping) and isinstance(given, Mapping):
+                value = {**value, **given}
+            elif given is not OF_METHOD:
+                value = given
+            object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else value)
         for name in ("out", "teacher_checkpoint"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
@@ -103,11 +135,6 @@ class Config:
             for name in names.split():
                 if not accepts(getattr(self, name)):
                     raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}.")
-        if self.student_loss in ("l1", "mse") and self.disagreement in ("l1", "mse") and self.temperature != 1:
-            raise ValueError(
-                f"temperature is {self.temperature}, but l1 and mse compare raw logits: leave it at 1, or set "
-                f"student_loss or disagreement to kl, reverse_kl or js."
-            )
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Config":
@@ -115,9 +142,7 @@ class Config:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"accepted: {', '.join(known)}."
-                raise TypeError(f"distill() has no argument {name!r}; {hint}")
+                raise TypeError(f"distill() has no argument {name!r}; {suggestion(name, known, 'accepted')}")
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,21 +164,34 @@ def _numbers(value: Any) -> bool:
 
 _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "steps batch_size student_steps latent width pool log_every",
+        "steps batch_size generator_steps student_steps latent width pool log_every",
         lambda value: _integer(value) and value >= 1,
         "an integer of at least 1",
     ),
-    ("seed shift max_skipped", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
+    ("seed shift life max_skipped", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
     (
-        "weight_decay clip tokens adversarial one_hot balance",
+        "weight_decay clip",
         lambda value: _number(value) and value >= 0,
         "a number of at least 0",
     ),
-    ("student_lr generator_lr temperature", lambda value: _number(value) and value > 0, "a number above 0"),
-    ("replay", lambda value: _number(value) and 0 <= value < 1, "a share from 0 up to, not including, 1"),
+    (
+        "generator_objectives student_objectives",
+        lambda value: isinstance(value, Mapping) and all(_number(weight) and weight >= 0 for weight in value.values()),
+        'weights of at least 0 by name, such as {"tokens": 1.0}',
+    ),
+    ("student_lr generator_lr latent_lr temperature", lambda value: _number(value) and value > 0, "a number above 0"),
+    (
+        "keep_patches",
+        lambda value: _number(value) and 0 < value <= 1,
+        "a share above 0, up to 1",
+    ),
+    ("replay jitter", lambda value: _number(value) and 0 <= value < 1, "a share from 0 up to, not including, 1"),
     ("student_loss disagreement", KINDS.__contains__, ", ".join(KINDS)),
+    ("restart", ("never", "round", "meta", "noise").__contains__, "never, round, meta, noise"),
+    ("images", ("fresh", "round", "pool").__contains__, "fresh, round, pool"),
+    ("generator", lambda value: isinstance(value, str), "the name of a generator"),
     ("precision", ("float32", "bfloat16").__contains__, "float32, bfloat16"),
-    ("overwrite accelerate progress", lambda value: isinstance(value, bool), "True, False"),
+    ("overwrite accelerate progress learn_latent conditional", lambda value: isinstance(value, bool), "True, False"),
     ("out teacher_checkpoint", lambda value: value is None or isinstance(value, Path), "a path, None"),
     ("device", lambda value: value is None or isinstance(value, str), "None, or a name such as cpu, cuda, cuda:0"),
     (

@@ -10,12 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.evaluate import accuracy
 from vitkd_fast.guard import GuardedAdamW
-from vitkd_fast.models import forward
-from vitkd_fast.objectives import student_losses, weighed_sum
 from vitkd_fast.report import percent
 
 TEACHER = {"embed_dim": 64, "depth": 5, "num_heads": 4}  # 252 thousand weights
@@ -91,7 +88,9 @@ def demo(
         if result.report.status == "interrupted":
             raise KeyboardInterrupt
         say(f"The same student on Gaussian noise, {steps:,} steps …")
-        distil_noise(teacher, noise_student, Config(steps=steps, student_lr=STUDENT_LR))
+        distill(
+            teacher, noise_student, method="noise", steps=steps, student_lr=STUDENT_LR, seed=seed, progress=progress
+        )
     figures = Figures(
         teacher_accuracy=accuracy(teacher, *held),
         student_accuracy=accuracy(result.student, *held),
@@ -154,21 +153,3 @@ def jittered(images: Tensor) -> Tensor:
     matrix = torch.stack((cos, -sin, offset[0], sin, cos, offset[1]), dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # the paper is at -1 and grid_sample pads with 0
-
-
-def distil_noise(teacher: nn.Module, student: nn.Module, config: Config) -> None:
-    """The student's half of `distill`, with Gaussian noise where the generator's images would be."""
-    project = nn.Linear(STUDENT["embed_dim"], TEACHER["embed_dim"])
-    learner = nn.ModuleList([student, project])
-    optimizer = GuardedAdamW(
-        "student", learner, config.student_lr, [], weight_decay=config.weight_decay, clip=config.clip
-    )
-    student.train()
-    for step in range(config.steps):
-        images = torch.randn(config.batch_size, 1, 8, 8)
-        with torch.no_grad():
-            teacher_logits, teacher_tokens = forward(teacher, images)
-        logits, tokens = forward(student, images)
-        losses = student_losses(logits, teacher_logits, project(tokens), teacher_tokens, config)
-        optimizer.step(weighed_sum(losses, config), {}, step / config.steps)
-    student.eval()

@@ -11,22 +11,17 @@ import torch
 from torch import nn
 
 from vitkd_fast import evaluate as evaluation
+from vitkd_fast import generator_objectives, student_objectives  # noqa: F401  they register themselves
 from vitkd_fast.config import Config
-from vitkd_fast.generator import Generator
+from vitkd_fast.generator import GENERATORS, Generator
 from vitkd_fast.guard import GuardedAdamW, NonFiniteError
-from vitkd_fast.models import default_device, forward, frozen, load_teacher
-from vitkd_fast.objectives import (
-    GENERATOR_TERMS,
-    STUDENT_TERMS,
-    agreement,
-    generator_losses,
-    student_losses,
-    weighed_sum,
-)
+from vitkd_fast.models import default_device, frozen, load_teacher
+from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, agreement, check_names
 from vitkd_fast.pair import make_pair, resolved
-from vitkd_fast.replay import ReplayPool, shifted
 from vitkd_fast.report import Report, versions
 from vitkd_fast.run import Log, RunFolder
+from vitkd_fast.suggest import suggestion
+from vitkd_fast.synthesis import Synthesis
 
 History = list[dict[str, Any]]
 
@@ -52,9 +47,11 @@ def distill(
     Args:
         teacher: a classifier of images, (B, channels, height, width) to (B, classes); or a timm name, then with
             `teacher_checkpoint=` or timm's own pretrained weights. It is used frozen, in eval mode.
-        student: a classifier of the same images and classes, trained in place; or a timm name, then made anew.
+        student: a classifier of the same classes, trained in place; or a timm name, then made anew for the teacher's
+            images. A module that says another image size or normalisation of itself gets such images.
         evaluate: real images to measure both on at the end, never to train on: batches of (images, labels), a
-            function from a model to its accuracy, or a folder with one subfolder of images per class.
+            function from a model to its accuracy, or a folder with one subfolder of images per class. Images are
+            normalised for the teacher; for a student that wants others they are converted.
         **options: the fields of `vitkd_fast.Config`: steps=, batch_size=, out=, seed=, …
 
     Returns:
@@ -69,6 +66,7 @@ def distill(
     The same seed gives the same student, bit for bit on the CPU. The caller's random state is left as it was.
     """
     config = Config.of(options)
+    _check_names(config)
     evaluation.check(evaluate)
     device = default_device(config.device, teacher, student)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -76,6 +74,13 @@ def distill(
         loaded = load_teacher(teacher, config).to(device)
         with frozen(loaded):
             return _distill(loaded, student, evaluate, config, device)
+
+
+def _check_names(config: Config) -> None:
+    if config.generator not in GENERATORS:
+        raise ValueError(f"generator is {config.generator!r}; {suggestion(config.generator, GENERATORS)}")
+    check_names(config.generator_objectives, GENERATOR_OBJECTIVES, "generator_objectives")
+    check_names(config.student_objectives, STUDENT_OBJECTIVES, "student_objectives")
 
 
 def _distill(
@@ -87,57 +92,44 @@ def _distill(
 ) -> Result:
     folder = RunFolder(config.out, config.overwrite)
     pair = make_pair(teacher, student, config, device)
-    student, project = pair.student, pair.project
+    student = pair.student
     config = resolved(config, pair, device)
-    folder.start({"teacher": pair.teacher_facts.name, "student": pair.student_facts.name, "settings": config.to_dict()})
+    student_terms = Terms.of(config.student_objectives, STUDENT_OBJECTIVES, pair)
+    generator_terms = Terms.of(config.generator_objectives, GENERATOR_OBJECTIVES, pair, labels=config.conditional)
+    if not student_terms.names:
+        raise ValueError(f"the student has nothing to minimise; give student_objectives. {'; '.join(pair.notes)}")
 
-    generator = Generator(pair.spec, config.latent, config.width).to(device)
-    pool = ReplayPool(config.pool, generator)
-    learn_generator = GuardedAdamW(
-        "generator", generator, config.generator_lr, GENERATOR_TERMS, betas=(0.5, 0.999), clip=config.clip
-    )
-    learn_student = GuardedAdamW(
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+    synthesis = Synthesis(pair, generator_terms, config, autocast)
+    learner = GuardedAdamW(
         "student",
-        nn.ModuleList([student, *([project] if project else [])]),
+        nn.ModuleList([student, student_terms.modules]),
         config.student_lr,
-        [*(STUDENT_TERMS if project else STUDENT_TERMS[:1]), "agreement"],
+        [*student_terms.names, "agreement"],
         weight_decay=config.weight_decay,
         clip=config.clip,
     )
-    log = Log(config, folder, [learn_generator.ledger, learn_student.ledger])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    folder.start({"teacher": pair.teacher_facts.name, "student": pair.student_facts.name, "settings": config.to_dict()})
+    log = Log(config, folder, [part.ledger for part in (synthesis.learner, learner) if part])
 
     student.train()
     status, failure = "completed", None
     try:
         for step in range(config.steps):
             progress = step / config.steps
-
-            # The generator looks for images on which the student is wrong; no weight but its own has a gradient.
             if step % config.student_steps == 0:
-                with frozen(student), autocast:
-                    images = generator.sample(config.batch_size)  # (B, C, H, W)
-                    student_logits, _ = forward(student, images)  # (B, classes)
-                    teacher_logits, _ = forward(teacher, images)
-                    losses = generator_losses(student_logits, teacher_logits, config)
-                learn_generator.step(weighed_sum(losses, config), losses, progress)
-
-            # The teacher labels images, fresh or replayed, each shifted by its own few pixels.
-            with torch.no_grad(), autocast:
-                if is_replay(step, config.replay):
-                    images = pool.sample(config.batch_size)
-                else:
-                    images = generator.sample(config.batch_size)
-                    pool.add(images)
-                images = shifted(images, config.shift)
-                teacher_logits, teacher_tokens = forward(teacher, images)  # (B, classes), (B, N, D)
+                synthesis.round(progress)
+            # The teacher labels images; it has no graph.
+            with torch.no_grad(), autocast():
+                images = synthesis.batch(step)
+                by_teacher = pair.look(teacher, images, student_terms.needs)
             # The student learns to agree.
-            with autocast:
-                student_logits, student_tokens = forward(student, images)
-                matched = project(student_tokens) if project else None
-                losses = student_losses(student_logits, teacher_logits, matched, teacher_tokens, config)
-            values = losses | {"agreement": agreement(student_logits, teacher_logits)}
-            learn_student.step(weighed_sum(losses, config), values, progress)
+            with autocast():
+                by_student = pair.look(student, images, student_terms.needs)
+                loss, values = student_terms(Scene(images, by_teacher, by_student, pair, config))
+            learner.step(loss, values | {"agreement": agreement(by_student.logits, by_teacher.logits)}, progress)
 
             log.step()
     except KeyboardInterrupt:
@@ -148,10 +140,12 @@ def _distill(
     log.close()
 
     student.eval()
-    generator.eval()
+    generator = synthesis.generator.eval()
     with torch.no_grad():
         pixels = generator.pixels(generator.sample(64))
-    accuracies = evaluation.evaluate_pair(teacher, student, evaluate, pair.spec) if evaluate is not None else {}
+    accuracies = {}
+    if evaluate is not None:
+        accuracies = evaluation.evaluate_pair(teacher, pair.student_of_teachers_images, evaluate, pair.spec)
     report = Report(
         status=status,
         steps=log.steps,
@@ -172,8 +166,3 @@ def _distill(
     if failure:
         raise failure
     return Result(student, generator, log.history, report)
-
-
-def is_replay(step: int, share: float) -> bool:
-    """Whether this step is a replayed one: evenly spread, `share` of all, never the first."""
-    return int((step + 1) * share) > int(step * share)

@@ -1,5 +1,14 @@
-"""A convolutional generator: noise in, images in the teacher's normalisation out."""
+"""Generators: noise in, and a class if they are asked for one; images in the teacher's normalisation out.
 
+A generator of your own is one registered class; then `distill(…, generator="mine")`:
+
+    @register("mine")
+    class Mine(Generator):
+        def __init__(self, spec, settings): …
+        def forward(self, noise, labels=None): …  # self.normalise([0, 1] pixels)
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,50 +29,61 @@ class ImageSpec:
     def channels(self) -> int:
         return len(self.mean)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised (B, C, H, W) images back to [0, 1]."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return images * std + mean
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """What a generator is made for, besides its images."""
+
+    latent: int = 128
+    """Noise values per image."""
+    width: int = 128
+    """Channels where the image is coarsest, or of a token."""
+    classes: int = 0
+    """That it can be asked for; 0: it is not."""
+    batch_size: int = 64
+    """Images of a round, for generators that hold them."""
+
 
 class Generator(nn.Module):
-    """A small grid grown from noise by bilinear upsampling, with a 3×3 convolution at every size.
-
-    8×8 images begin at 4×4, 224×224 ones at 7×7. BatchNorm always uses the batch's own statistics, in eval mode too:
-    the generator changes at every step, so running averages would describe generators that are gone.
-
-    Args:
-        spec: the images to make; any size, any number of channels.
-        latent: noise values per image.
-        width: channels of the first grid; halved with each doubling, 32 at least, so that every size costs alike.
-    """
+    """What all generators share: their noise and the teacher's normalisation. `forward` is the subclass's own."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: ImageSpec, latent: int = 128, width: int = 128) -> None:
+    def __init__(self, spec: ImageSpec, settings: GeneratorSettings) -> None:
         super().__init__()
-        self.latent = latent
-        self.sizes = _sizes(spec.height, spec.width)
-        channels = [max(width >> i, min(width, 32)) for i in range(len(self.sizes))]
-        height, breadth = self.sizes[0]
-        self.seed = nn.Sequential(
-            nn.Linear(latent, width * height * breadth),
-            nn.Unflatten(1, (width, height, breadth)),
-            nn.BatchNorm2d(width, track_running_stats=False),
-        )
-        self.stages = nn.ModuleList(_stage(i, o) for i, o in zip([width, *channels[:-1]], channels, strict=True))
-        self.to_pixels = nn.Conv2d(channels[-1], spec.channels, 3, padding=1)
+        self.settings = settings
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1))
 
-    def forward(self, noise: Tensor) -> Tensor:
-        """(B, latent) noise to (B, channels, height, width) images, normalised as the teacher wants them."""
-        x = self.seed(noise)
-        for size, stage in zip(self.sizes, self.stages, strict=True):
-            if x.shape[-2:] != size:
-                x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-            x = stage(x)
-        return self.normalise((self.to_pixels(x).tanh() + 1) / 2)
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, latent) noise and (B,) labels to (B, channels, height, width) images, normalised for the teacher."""
+        raise NotImplementedError
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Noise for `count` images, and labels if it takes them, from its device's global random state."""
+        device, classes = self.mean.device, self.settings.classes
+        noise = torch.randn(count, self.settings.latent, device=device)
+        return noise, torch.randint(classes, (count,), device=device) if classes else None
 
     def sample(self, count: int) -> Tensor:
-        """`count` fresh images, from the generator's device's global random state."""
-        return self(torch.randn(count, self.latent, device=self.mean.device))
+        """`count` fresh images."""
+        return self(*self.draw(count))
+
+    def restart(self) -> None:
+        """Begin again with new random weights."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    def restart_noise(self) -> None:
+        """Begin again with the layer that takes the noise; by default with nothing."""
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """[0, 1] pixels to what the teacher takes."""
@@ -72,6 +92,95 @@ class Generator(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         return images * self.std + self.mean
+
+
+GENERATORS: dict[str, type[Generator]] = {}
+
+
+def register(name: str) -> Callable[[type[Generator]], type[Generator]]:
+    """Make a generator known by `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def known(generator: type[Generator]) -> type[Generator]:
+        if name in GENERATORS:
+            raise ValueError(f"there is a generator {name!r} already; choose another name.")
+        GENERATORS[name] = generator
+        return generator
+
+    return known
+
+
+@register("noise")
+class Noise(Generator):
+    """Gaussian noise where the teacher expects images: what a generator has to beat. There is nothing to learn."""
+
+    def __init__(self, spec: ImageSpec, settings: GeneratorSettings) -> None:
+        super().__init__(spec, settings)
+        self.shape = spec.channels, spec.height, spec.width
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        return torch.randn(len(noise), *self.shape, device=noise.device)
+
+
+@register("pixels")
+class Pixels(Generator):
+    """The images themselves are what is learned, from Gaussian noise on (Yin et al. 2020, DeepInversion).
+
+    Takes the noise of one round's batch, whose images it holds, and no other number of images.
+    """
+
+    def __init__(self, spec: ImageSpec, settings: GeneratorSettings) -> None:
+        super().__init__(spec, settings)
+        self.images = nn.Parameter(torch.empty(settings.batch_size, spec.channels, spec.height, spec.width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.images)
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        with torch.no_grad():  # back into [0, 1] after each step; beyond, a pixel would have to return before it shows
+            self.images.clamp_(self.normalise(torch.zeros_like(self.mean)), self.normalise(torch.ones_like(self.mean)))
+        return self.images.repeat(-(-len(noise) // len(self.images)), 1, 1, 1)[: len(noise)]
+
+
+@register("convolutional")
+class Convolutional(Generator):
+    """A small grid grown from noise by bilinear upsampling, with a 3×3 convolution at every size.
+
+    8×8 images begin at 4×4, 224×224 ones at 7×7. BatchNorm always uses the batch's own statistics, in eval mode too:
+    the generator changes at every step, so running averages would describe generators that are gone.
+
+    The first grid has `settings.width` channels; halved with each doubling, 32 at least, so that every size costs
+    alike. A label is a learned vector that multiplies the noise.
+    """
+
+    def __init__(self, spec: ImageSpec, settings: GeneratorSettings) -> None:
+        super().__init__(spec, settings)
+        width = settings.width
+        self.sizes = _sizes(spec.height, spec.width)
+        channels = [max(width >> i, min(width, 32)) for i in range(len(self.sizes))]
+        height, breadth = self.sizes[0]
+        self.label = nn.Embedding(settings.classes, settings.latent) if settings.classes else None
+        self.seed = nn.Sequential(
+            nn.Linear(settings.latent, width * height * breadth),
+            nn.Unflatten(1, (width, height, breadth)),
+            nn.BatchNorm2d(width, track_running_stats=False),
+        )
+        self.stages = nn.ModuleList(_stage(i, o) for i, o in zip([width, *channels[:-1]], channels, strict=True))
+        self.to_pixels = nn.Conv2d(channels[-1], spec.channels, 3, padding=1)
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.label is not None:
+            noise = noise * self.label(labels)
+        x = self.seed(noise)
+        for size, stage in zip(self.sizes, self.stages, strict=True):
+            if x.shape[-2:] != size:
+                x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+            x = stage(x)
+        return self.normalise((self.to_pixels(x).tanh() + 1) / 2)
 
 
 def _stage(channels_in: int, channels_out: int) -> nn.Module:

@@ -5,11 +5,13 @@ fused optimisers take, the one that GradScaler uses, and the counts wait on the 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+PEAK = 0.3  # share of the run after which the learning rate is at its peak
 
 
 class NonFiniteError(RuntimeError):
@@ -49,6 +51,7 @@ class GuardedAdamW:
         lr: peak of the learning rate.
         terms: names of the values that each step books in `ledger`.
         clip: largest gradient norm; 0 does not clip.
+        own_lr: peaks of weights that have another one.
 
     Raises:
         ValueError: the module has nothing to train.
@@ -64,16 +67,21 @@ class GuardedAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         clip: float = 0.0,
+        own_lr: Mapping[nn.Parameter, float] | None = None,
     ) -> None:
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
         if not self.weights:
             raise ValueError(f"{type(module).__name__} has no weight with requires_grad=True, so it cannot learn.")
         self.buffers = list(module.buffers())
         self.kept_buffers = [buffer.clone() for buffer in self.buffers]
-        self.peak, self.clip = lr, clip
+        self.clip = clip
         self.gradient = f"{name}_gradient"
         self.ledger = Ledger([*terms, self.gradient], self.weights[0].device)
-        self.optimizer: Any = torch.optim.AdamW(self.weights, lr, betas, weight_decay=weight_decay, fused=True)
+        own = own_lr or {}
+        groups = [{"params": [weight for weight in self.weights if weight not in own], "peak": lr}]
+        groups += [{"params": [weight], "peak": peak} for weight, peak in own.items()]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer: Any = torch.optim.AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True)
 
     def step(self, loss: Tensor, values: dict[str, Tensor], progress: float) -> None:
         """Differentiate `loss`, book `values` and the gradient's norm, and step unless one of them is not finite.
@@ -81,7 +89,7 @@ class GuardedAdamW:
         `progress` is the share of the run that is done, in [0, 1); it sets the learning rate.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = one_cycle(progress, self.peak)
+            group["lr"] = one_cycle(progress, group["peak"])
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
@@ -92,9 +100,13 @@ class GuardedAdamW:
         for buffer, kept in zip(self.buffers, self.kept_buffers, strict=True):
             kept.copy_(buffer.copy_(torch.where(bad > 0, kept, buffer)))
 
+    def forget(self) -> None:
+        """Drop the optimiser's averages: its weights began anew."""
+        self.optimizer.state.clear()
+
 
 def one_cycle(progress: float, peak: float) -> float:
     """Learning rate at a share of the run (Smith & Topin 2017): cosines up for 30 % of it, then down to nothing."""
-    if progress < 0.3:
-        return peak * (0.04 + 0.96 * (1 - math.cos(math.pi * progress / 0.3)) / 2)
-    return peak * (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
+    if progress < PEAK:
+        return peak * (0.04 + 0.96 * (1 - math.cos(math.pi * progress / PEAK)) / 2)
+    return peak * (1 + math.cos(math.pi * (progress - PEAK) / (1 - PEAK))) / 2

@@ -59,11 +59,17 @@ def load_teacher(teacher: nn.Module | str, config: Config) -> nn.Module:
 
 
 def create_student(student: nn.Module | str, spec: ImageSpec, classes: int) -> nn.Module:
-    """The module as given, or an untrained timm model of that name for the teacher's images and classes."""
+    """The module as given, or an untrained timm model of that name for the teacher's images and classes.
+
+    The new model's pretrained_cfg says the teacher's images too, in place of timm's normalisation for its own weights.
+    """
     if isinstance(student, nn.Module):
         return student
     _check_name(student, "student")
-    return _create(student, (spec.height, spec.width), num_classes=classes, in_chans=spec.channels)
+    model: Any = _create(student, (spec.height, spec.width), num_classes=classes, in_chans=spec.channels)
+    size = spec.channels, spec.height, spec.width
+    model.pretrained_cfg = {**_cfg(model), "input_size": size, "mean": spec.mean, "std": spec.std}
+    return model
 
 
 def image_spec(teacher: nn.Module, config: Config) -> ImageSpec:
@@ -91,13 +97,47 @@ def image_spec(teacher: nn.Module, config: Config) -> ImageSpec:
     return ImageSpec(int(size[0]), int(size[1]), *normalisation)
 
 
+def student_image_spec(student: nn.Module, teacher: nn.Module, spec: ImageSpec) -> ImageSpec:
+    """What a student takes: the teacher's images, of this spec, but for what it says of itself.
+
+    Its size is its patch embedding's, unless that takes any (timm's dynamic_img_size), else that of its pretrained_cfg
+    or default_cfg, unless timm says there that any will do (fixed_input_size); its normalisation is its
+    pretrained_cfg's. A cfg that says what the teacher's says is the teacher's, whatever the configuration puts in its
+    place.
+    """
+    cfg, others = _cfg(student), _cfg(teacher)
+
+    def own(name: str) -> tuple:
+        said = tuple(cfg.get(name) or ())
+        return () if said == tuple(others.get(name) or ()) else said
+
+    patch_embed = getattr(student, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None)
+    if size is None and cfg.get("fixed_input_size") is not False:
+        size = own("input_size")[1:]
+    if not size or not getattr(patch_embed, "strict_img_size", True):
+        size = spec.height, spec.width
+    normalisation = (
+        _per_channel(name, None, own(name) or getattr(spec, name), spec.channels) for name in ("mean", "std")
+    )
+    return ImageSpec(int(size[0]), int(size[1]), *normalisation)
+
+
 def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, classes) and, of a model with timm's forward_features, the last tokens (B, N, D); else None."""
+    """Logits (B, classes) and, of a model with timm's forward_features, the last tokens (B, N, D); else None.
+
+    Where a model in training gives the logits of two heads, as timm's DeiT after set_distilled_training, they are
+    averaged: so they are in eval mode.
+    """
+    features = None
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         features = model.forward_features(images)
         logits = model.forward_head(features)
-        return logits, features if isinstance(features, Tensor) and features.dim() == 3 else None
-    return model(images), None
+    else:
+        logits = model(images)
+    if isinstance(logits, tuple) and len(logits) == 2 and model.training:
+        logits = (logits[0] + logits[1]) / 2
+    return logits, features if isinstance(features, Tensor) and features.dim() == 3 else None
 
 
 @contextmanager

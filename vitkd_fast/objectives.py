@@ -1,65 +1,181 @@
-"""What generator and student minimise: terms by name, unweighted, and their weighed sum."""
+"""What generator and student minimise: objectives under names, what each needs to see, and their weighed sum.
 
-import math
+An objective of your own is one registered function of a `Scene`, or an nn.Module class where it has weights of its own:
+
+    @generator_objective("student")
+    def uncertain(scene):
+        return -F.softmax(scene.student.logits, dim=-1).amax(-1).mean()
+
+and then `distill(…, generator_objectives={"uncertain": 0.1})`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkd_fast.config import Config
-from vitkd_fast.ops import kd_loss
-from vitkd_fast.ops.kd_loss import Kind
+from vitkd_fast.suggest import suggestion
 
-GENERATOR_TERMS = ("adversarial", "one_hot", "balance")
-STUDENT_TERMS = ("distillation", "tokens")
+if TYPE_CHECKING:
+    from vitkd_fast.pair import Pair
+
+Need = Literal["student", "tokens", "blocks", "attention", "labels"]
+"""What an objective looks at: the "student" (a student's objective always does), the last "tokens", the tokens after
+all "blocks", the packed qkv of all blocks' "attention", the "labels" that a generator was asked for. Tokens, blocks and
+attention are the teacher's for a generator's objective, both networks' for a student's."""
 
 
-def generator_losses(student_logits: Tensor, teacher_logits: Tensor, config: Config) -> dict[str, Tensor]:
-    """Images on which the two networks disagree, of which the teacher is sure, and of every class.
+@dataclass
+class View:
+    """What one network makes of a batch. Where student and teacher have different depths, blocks are paired."""
 
-    Sources: disagreement, Fang et al. 2019 (DFAD); one-hot and balance, Chen et al. 2019 (DAFL, eqs. 2 and 4).
+    logits: Tensor
+    """(B, classes)"""
+    tokens: Tensor | None = None
+    """The last tokens (B, N, D), after the final norm, of a model with timm's forward_features."""
+    blocks: Sequence[Tensor] = ()
+    """Tokens after each block, (B, N, D)."""
+    attention: Sequence[Tensor] = ()
+    """Packed qkv of each block, (B, N, 3, H, D)."""
+
+
+@dataclass
+class Scene:
+    """All that an objective may look at in one step."""
+
+    images: Tensor
+    """(B, C, H, W) as the teacher takes them."""
+    teacher: View
+    student: View | None
+    pair: "Pair"
+    config: Config
+    labels: Tensor | None = None
+    """(B,) what the generator was asked for, if it is conditional."""
+    noise: Tensor | None = None
+    """(B, latent) that the images were made from."""
+
+
+Function = Callable[[Scene], Tensor]
+Given = TypeVar("Given", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A term: its function from a Scene to a scalar, or the class of an nn.Module that is one when made with a Pair."""
+
+    name: str
+    function: Function | type[nn.Module]
+    needs: frozenset[Need]
+
+
+GENERATOR_OBJECTIVES: dict[str, Objective] = {}
+STUDENT_OBJECTIVES: dict[str, Objective] = {}
+LOGGED = ("step", "agreement", "images_per_second", "skipped")  # what else stands beside the terms in a log entry
+
+
+def generator_objective(*needs: Need) -> Callable[[Given], Given]:
+    """Register a function or nn.Module class under its own name as something that a generator can minimise.
+
+    Raises:
+        ValueError: an unknown need, or a name that is taken.
     """
-    return {
-        "adversarial": -discrepancy(student_logits, teacher_logits, config.disagreement, config),
-        "one_hot": one_hot_prior(teacher_logits),
-        "balance": class_imbalance(teacher_logits),
-    }
+    return _register(GENERATOR_OBJECTIVES, needs)
 
 
-def student_losses(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_tokens: Tensor | None,
-    teacher_tokens: Tensor | None,
-    config: Config,
-) -> dict[str, Tensor]:
-    """The student's logits near the teacher's, and its last tokens too where they are given (already projected)."""
-    losses = {"distillation": discrepancy(student_logits, teacher_logits, config.student_loss, config)}
-    if student_tokens is not None and teacher_tokens is not None:
-        losses["tokens"] = F.smooth_l1_loss(student_tokens.float(), teacher_tokens.float())
-    return losses
+def student_objective(*needs: Need) -> Callable[[Given], Given]:
+    """Register a function or nn.Module class under its own name as something that a student can minimise.
+
+    Raises:
+        ValueError: an unknown need, or a name that is taken.
+    """
+    return _register(STUDENT_OBJECTIVES, needs)
 
 
-def weighed_sum(losses: dict[str, Tensor], config: Config) -> Tensor:
-    """The terms under their weights in the configuration; the student's distillation term has weight 1."""
-    return torch.stack([getattr(config, name, 1.0) * loss for name, loss in losses.items()]).sum()
+def _register(registry: dict[str, Objective], needs: tuple[Need, ...]) -> Callable[[Given], Given]:
+    for need in needs:
+        if need not in get_args(Need):
+            raise ValueError(f"an objective cannot need {need!r}; accepted: {', '.join(get_args(Need))}.")
+
+    def register(function: Given) -> Given:
+        name = function.__name__
+        if name in GENERATOR_OBJECTIVES or name in STUDENT_OBJECTIVES or name in LOGGED:
+            raise ValueError(f"an objective cannot be called {name!r}: the log has that name already.")
+        registry[name] = Objective(name, function, frozenset(needs))
+        return function
+
+    return register
 
 
-def discrepancy(student_logits: Tensor, teacher_logits: Tensor, kind: Kind, config: Config) -> Tensor:
-    temperature = 1.0 if kind in ("l1", "mse") else config.temperature
-    return kd_loss(student_logits, teacher_logits, kind=kind, temperature=temperature)
+@dataclass
+class Terms:
+    """The objectives of one side of one run, with their weights."""
+
+    objectives: list[Objective]
+    weights: dict[str, float]
+    functions: dict[str, Function]
+    modules: nn.ModuleList = field(default_factory=nn.ModuleList)
+    """Those that have weights of their own."""
+
+    @classmethod
+    def of(
+        cls, weights: Mapping[str, float], registry: Mapping[str, Objective], pair: "Pair", *, labels: bool = False
+    ) -> "Terms":
+        """Those of non-zero weight that can be given what they need; the pair's notes say which cannot.
+
+        `labels` says that the generator is asked for classes.
+        """
+        chosen = []
+        for name in (name for name, weight in weights.items() if weight):
+            missing = pair.missing(registry[name].needs, student=registry is STUDENT_OBJECTIVES)
+            if "labels" in registry[name].needs and not labels:
+                missing = "images have no labels, unless conditional=True asks the generator for classes"
+            if missing is None:
+                chosen.append(registry[name])
+            else:
+                pair.notes.append(f"{name} is off: {missing}")
+        functions: dict[str, Function] = {}
+        modules = nn.ModuleList()
+        for objective in chosen:
+            if isinstance(objective.function, type):
+                functions[objective.name] = module = objective.function(pair).to(pair.device)
+                modules.append(module)
+            else:
+                functions[objective.name] = objective.function
+        return cls(chosen, {one.name: weights[one.name] for one in chosen}, functions, modules)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.weights)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset().union(*(objective.needs for objective in self.objectives))
+
+    def __call__(self, scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighed sum, and every term unweighted, by name.
+
+        Raises:
+            ValueError: a term is not a scalar.
+        """
+        values = {name: function(scene).float() for name, function in self.functions.items()}
+        for name, value in values.items():
+            if value.dim():
+                raise ValueError(f"objective {name!r} gives shape {tuple(value.shape)}; it must give a scalar.")
+        return torch.stack([self.weights[name] * value for name, value in values.items()]).sum(), values
 
 
-def one_hot_prior(teacher_logits: Tensor) -> Tensor:
-    """Cross-entropy of the teacher with its own decision, in nats: 0 when it is sure of every image."""
-    return -F.log_softmax(teacher_logits.float(), dim=-1).amax(-1).mean()
+def check_names(weights: Mapping[str, float], registry: Mapping[str, Objective], setting: str) -> None:
+    """Refuse an objective that does not exist.
 
-
-def class_imbalance(teacher_logits: Tensor) -> Tensor:
-    """Minus the entropy of the batch's mean prediction, in nats: −log C when every class is equally frequent."""
-    log_p = F.log_softmax(teacher_logits.float(), dim=-1)
-    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # in logs, a class that underflows to 0 has no NaN gradient
-    return (log_mean.exp() * log_mean).sum()
+    Raises:
+        ValueError: with the nearest that does, or all of them.
+    """
+    for name in weights:
+        if name not in registry:
+            raise ValueError(f"{setting} has no {name!r}; {suggestion(name, registry)}")
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -1,44 +1,154 @@
 """Teacher and student brought together: loaded, measured, checked against each other, accelerated."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vitkd_fast.config import Config
+from vitkd_fast.conversion import Conversion
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.models import create_student, forward, frozen, image_spec
+from vitkd_fast.layout import Layout, layout_of, why_not_aligned
+from vitkd_fast.models import create_student, forward, frozen, image_spec, student_image_spec
+from vitkd_fast.objectives import View
 from vitkd_fast.report import ModelFacts, model_facts
+from vitkd_fast.taps import What, layer_map, taps
+
+Role = Literal["teacher", "student"]
+TAPPED: dict[str, What] = {"blocks": "tokens", "attention": "qkv"}  # what an objective needs -> what taps record
+NO_GRID = "the teacher does not say its grid of patches, as timm's ViTs do in patch_embed.grid_size"
 
 
 @dataclass
 class Pair:
-    """Two networks that take the same images and know the same classes."""
+    """Two networks that see the same images and know the same classes."""
 
     teacher: nn.Module
     student: nn.Module
-    project: nn.Linear | None
-    """From the student's last tokens to the teacher's, (B, N, D_student) to (B, N, D_teacher); None: not matched."""
     spec: ImageSpec
+    """Of the images as the teacher takes them."""
+    convert: Conversion
+    """From those to the student's."""
     classes: int
+    device: torch.device
     teacher_facts: ModelFacts
     student_facts: ModelFacts
+    teacher_tokens: torch.Size | None
+    """Of two images' last tokens, (2, N, D); None: it has none that are known."""
+    student_tokens: torch.Size | None
     notes: list[str] = field(default_factory=list)
+    _untappable: dict[tuple[Role, What], str | None] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of the teacher that come before its patches."""
+        return getattr(self.teacher, "num_prefix_tokens", 0)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The teacher's patches, rows and columns.
+
+        Raises:
+            ValueError: they are not known; `missing` says so of objectives that need its attention.
+        """
+        layout = self.layouts["teacher"]
+        if layout is None or layout.grid is None:
+            raise ValueError(NO_GRID)
+        return layout.grid
+
+    @cached_property
+    def layouts(self) -> dict[Role, Layout | None]:
+        """Of the last tokens."""
+        teacher, student = self.teacher_tokens, self.student_tokens
+        return {
+            "teacher": None if teacher is None else layout_of(self.teacher, teacher[1], self.spec),
+            "student": None if student is None else layout_of(self.student, student[1], self.convert.student),
+        }
+
+    @cached_property
+    def followed(self) -> tuple[int, ...]:
+        """For each block of the student the teacher's block that it follows; all of these if the student has none."""
+        if self._why_untappable("student", "tokens"):
+            return tuple(range(depth(self.teacher)))
+        return layer_map(depth(self.student), depth(self.teacher))
+
+    @property
+    def student_of_teachers_images(self) -> nn.Module:
+        """The student, made to take images as the teacher takes them."""
+        converts = self.convert.resizes or self.convert.renormalises
+        return nn.Sequential(self.convert, self.student) if converts else self.student
+
+    def missing(self, needs: Collection[str], *, student: bool) -> str | None:
+        """Why an objective of these needs cannot be had: from the teacher, and from the student too if `student`."""
+        if not {"tokens", "blocks", "attention"} & set(needs):
+            return None
+        roles: tuple[Role, ...] = ("student", "teacher") if student else ("teacher",)
+        for role in roles:
+            if self.layouts[role] is None:
+                return f"the {role} has no forward_features that gives (B, N, D) tokens"
+        own, followed = self.layouts["student"], self.layouts["teacher"]
+        assert followed is not None
+        if student and own and (reason := why_not_aligned(own, followed, resize="attention" not in needs)):
+            return reason
+        for need, what in TAPPED.items():
+            for role in roles:
+                if need in needs and (reason := self._why_untappable(role, what)):
+                    return f"the {role} cannot be tapped: {reason}"
+        return NO_GRID if "attention" in needs and not student and followed.grid is None else None
+
+    def look(self, model: nn.Module, images: Tensor, needs: Collection[str] = ()) -> View:
+        """What teacher or student makes of (B, C, H, W) images, with as much of its inside as `needs` asks for.
+
+        The images are as the teacher takes them, for both. The blocks of the teacher are those that the student's
+        follow, one for each.
+        """
+        if model is self.student:
+            images = self.convert(images)
+        what = [tapped for need, tapped in TAPPED.items() if need in needs]
+        if not what:
+            return View(*forward(model, images))
+        chosen = range(depth(self.student)) if model is self.student else self.followed
+        with taps(model, sorted(set(chosen)), what) as tapped:
+            logits, tokens = forward(model, images)
+        return View(
+            logits,
+            tokens,
+            [tapped.tokens[block] for block in chosen] if "tokens" in what else (),
+            [tapped.qkv[block] for block in chosen] if "qkv" in what else (),
+        )
+
+    def _why_untappable(self, role: Role, what: What) -> str | None:
+        """Found out by trying, once: some models have `blocks` that give no tokens."""
+        if (role, what) not in self._untappable:
+            model, spec = (self.student, self.convert.student) if role == "student" else (self.teacher, self.spec)
+            self._untappable[role, what] = None
+            try:
+                with frozen(model), torch.no_grad(), taps(model, what=[what]):
+                    forward(model, _blank(spec, self.device))
+            except (ValueError, TypeError) as error:
+                self._untappable[role, what] = str(error).partition(";")[0].rstrip(".")
+        return self._untappable[role, what]
 
 
 def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, device: torch.device) -> Pair:
     """Fit a student to a teacher that is frozen and on its device.
 
     Raises:
-        ValueError: one of them does not take the teacher's images or give (B, classes) logits, or the classes differ.
+        ValueError: one of them does not take its images or give (B, classes) logits, or the classes differ.
     """
     spec = image_spec(teacher, config)
     teacher_logits, teacher_tokens = _probe(teacher, spec, device, "teacher")
     classes = teacher_logits.shape[1]
-    name = student if isinstance(student, str) else type(student).__name__
-    student = create_student(student, spec, classes).to(device)
-    student_logits, student_tokens = _probe(student, spec, device, "student")
+    if isinstance(student, str):
+        name, own_spec = student, spec
+        student = create_student(student, spec, classes)
+    else:
+        name, own_spec = type(student).__name__, student_image_spec(student, teacher, spec)
+    student = student.to(device)
+    student_logits, student_tokens = _probe(student, own_spec, device, "student")
     if student_logits.shape[1] != classes:
         raise ValueError(
             f"student knows {student_logits.shape[1]} classes and teacher {classes}; they must be the same."
@@ -47,24 +157,26 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
     if not any(weight.requires_grad for weight in student.parameters()):
         raise ValueError(f"student {name} has no weight with requires_grad=True, so it cannot learn.")
 
-    facts = model_facts(teacher, spec, teacher_name(teacher)), model_facts(student, spec, name)
-    notes = []
+    convert = Conversion(spec, own_spec).to(device)
+    facts = model_facts(teacher, spec, teacher_name(teacher)), model_facts(student, own_spec, name)
+    notes = [note for note in [convert.note()] if note]
     if config.accelerate:
         from vitkd_fast.accelerate import accelerate
 
         accelerated = {"teacher": accelerate(teacher), "student": accelerate(student)}
         notes += [f"{role}: {result}" for role, result in accelerated.items() if result.switched or result.kept]
-    project = None
-    if config.tokens > 0:
-        if student_tokens is None or teacher_tokens is None:
-            role = "student" if student_tokens is None else "teacher"
-            notes.append(f"token matching is off: the {role} has no forward_features that gives (B, N, D) tokens")
-        elif student_tokens.shape[1] != teacher_tokens.shape[1]:
-            counts = f"the student has {student_tokens.shape[1]} tokens and the teacher {teacher_tokens.shape[1]}"
-            notes.append(f"token matching is off: {counts}")
-        else:
-            project = nn.Linear(student_tokens.shape[2], teacher_tokens.shape[2], device=device)
-    return Pair(teacher, student, project, spec, classes, *facts, notes)
+    return Pair(
+        teacher,
+        student,
+        spec,
+        convert,
+        classes,
+        device,
+        *facts,
+        teacher_tokens=None if teacher_tokens is None else teacher_tokens.shape,
+        student_tokens=None if student_tokens is None else student_tokens.shape,
+        notes=notes,
+    )
 
 
 def resolved(config: Config, pair: Pair, device: torch.device) -> Config:
@@ -76,9 +188,13 @@ def resolved(config: Config, pair: Pair, device: torch.device) -> Config:
         channels=spec.channels,
         mean=spec.mean,
         std=spec.std,
-        tokens=config.tokens if pair.project else 0.0,
         device=str(device),
     )
+
+
+def depth(model: nn.Module) -> int:
+    """Blocks of a model that can be tapped."""
+    return len(model.blocks)  # type: ignore[arg-type]
 
 
 def teacher_name(teacher: nn.Module) -> str:
@@ -86,16 +202,23 @@ def teacher_name(teacher: nn.Module) -> str:
     return cfg.get("architecture") or type(teacher).__name__
 
 
-def _probe(model: nn.Module, spec: ImageSpec, device: torch.device, role: str) -> tuple[Tensor, Tensor | None]:
+def _blank(spec: ImageSpec, device: torch.device) -> Tensor:
+    return torch.zeros(2, spec.channels, spec.height, spec.width, device=device)
+
+
+def _probe(model: nn.Module, spec: ImageSpec, device: torch.device, role: Role) -> tuple[Tensor, Tensor | None]:
     """Logits and tokens of two blank images."""
-    shape = (2, spec.channels, spec.height, spec.width)
+    images = _blank(spec, device)
     try:
         with frozen(model), torch.no_grad():
-            logits, tokens = forward(model, torch.zeros(shape, device=device))
+            logits, tokens = forward(model, images)
     except Exception as error:  # whatever a stranger's forward raises
+        hint = {
+            "teacher": "If they are not its images, pass image_size= and channels=.",
+            "student": "Give it pretrained_cfg = dict(input_size=(channels, height, width)) if it takes another size.",
+        }
         raise ValueError(
-            f"{role} {type(model).__name__} cannot take images of shape {shape}: {error}. If they are not its images, "
-            f"pass image_size= and channels=."
+            f"{role} {type(model).__name__} cannot take images of shape {tuple(images.shape)}: {error}. {hint[role]}"
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
         given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

@@ -1,0 +1,352 @@
+"""Rounds of synthesis: what begins anew and what stays, which images the student gets, objectives against formulas."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_methods import vit, vits
+from tiny import SIZE, tiny_student, tiny_teacher
+from torch import nn
+
+from vitkd_fast import generator_objectives as _registers  # noqa: F401
+from vitkd_fast import ops, synthesis
+from vitkd_fast.config import Config
+from vitkd_fast.distill import distill
+from vitkd_fast.generator import GENERATORS, GeneratorSettings, ImageSpec, Pixels
+from vitkd_fast.models import frozen
+from vitkd_fast.objectives import GENERATOR_OBJECTIVES, Scene, Terms
+from vitkd_fast.pair import make_pair
+from vitkd_fast.synthesis import Synthesis, rolled
+
+SMALL = {"batch_size": 8, "width": 16, "latent": 8, "progress": False, "generator_steps": 3}
+CPU = torch.device("cpu")
+
+
+def make(teacher: nn.Module, student: nn.Module, **options) -> Synthesis:
+    """The synthesis of a run, without the run."""
+    config = Config(**{**SMALL, **options})
+    pair = make_pair(teacher.eval().requires_grad_(False), student.train(), config, CPU)
+    terms = Terms.of(config.generator_objectives, GENERATOR_OBJECTIVES, pair, labels=config.conditional)
+    return Synthesis(pair, terms, config, lambda: torch.autocast("cpu", enabled=False))
+
+
+def term(name: str, made: Synthesis, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    objective = GENERATOR_OBJECTIVES[name]
+    pair = made.pair
+    function = objective.function(pair) if isinstance(objective.function, type) else objective.function
+    with frozen(pair.student):
+        student = pair.look(pair.student, images) if "student" in objective.needs else None
+        watching = getattr(function, "watching", None)
+        if watching is None:
+            teacher = pair.look(pair.teacher, images, objective.needs)
+        else:
+            with watching():
+                teacher = pair.look(pair.teacher, images, objective.needs)
+        return function(Scene(images, teacher, student, pair, made.config, labels))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield
+
+
+def test_pixels_change_and_the_pool_gets_what_they_became():
+    made = make(*vits(), method="deepinversion", generator_steps=40)
+    pixels, seen = made.generator, watched(made)
+    assert isinstance(pixels, Pixels)
+    for batch in range(2):
+        made.round(0.0)
+        began, ended = seen[40 * batch][2], pixels.images.detach()
+        assert began.std().item() == pytest.approx(0.718, abs=0.05)  # of Gaussian noise clamped to ±1
+        assert (began - ended).abs().mean() > 0.3
+        kept = made.pool.bytes[8 * batch : 8 * batch + 8]
+        assert torch.equal(kept, (255 * pixels.pixels(ended.clamp(-1, 1))).round().byte())
+    assert made.pool.count == 16 and not torch.allclose(seen[0][2], seen[40][2])
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_pixels_learn_what_they_are_asked_for(clip):
+    """However small the gradient is clipped: Adam divides by what it was clipped by."""
+    options = {"generator_objectives": {"total_variation": 0.0, "feature_statistics": 0.0}, "jitter": 0}
+    made = make(tiny_teacher(), tiny_student(), method="deepinversion", generator_steps=60, clip=clip, **options)
+    seen = watched(made)
+    made.round(0.0)
+    labels = seen[0][1]
+    assert term("asked", made, seen[0][2], labels) > 1
+    assert term("asked", made, made.generator(torch.zeros(8, 8)), labels) < 0.1
+
+
+def watched(made: Synthesis) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Noise, labels and images of all steps to come."""
+    seen, judge = [], made._judge
+
+    def watch(noise, labels, step):
+        loss, values, images = judge(noise, labels, step)
+        seen.append((noise, labels, images.clone()))
+        return loss, values, images
+
+    made._judge = watch
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options, fresh",
+    [
+        ({"restart": "never", "images": "fresh"}, True),
+        ({"restart": "never", "images": "pool"}, False),
+        ({"restart": "round", "images": "fresh"}, False),
+        ({"restart": "never", "images": "fresh", "learn_latent": True}, False),
+    ],
+)
+def test_labels_and_noise_stay_for_a_round_whose_images_are_wanted(options, fresh):
+    made = make(tiny_teacher(), tiny_student(), method="dfad", conditional=True, **options)
+    seen = watched(made)
+    made.round(0.0)
+    made.round(0.5)
+    labels = [labels for _, labels, _ in seen]
+    assert torch.equal(labels[0], labels[2]) != fresh
+    assert not torch.equal(labels[0], labels[3])  # another round
+    assert all((noise is made.latent) == bool(options.get("learn_latent")) for noise, _, _ in seen)
+
+
+def test_a_learned_latent_begins_anew_and_learns():
+    made = make(tiny_teacher(), tiny_student(), method="cmi")
+    drawn = []
+    normal = made.latent.normal_
+    made.latent.normal_ = lambda: drawn.append(normal().clone())
+    made.round(0.0)
+    made.round(0.5)
+    assert not torch.equal(drawn[0], drawn[1])
+    moved = (made.latent.detach() - drawn[1]).abs()
+    assert 0 < moved.max() <= 3.1 * made.config.latent_lr  # three steps of Adam, whose averages began at 0 too
+
+
+def test_meta_weights_move_half_way_to_where_the_round_ended():
+    made = make(tiny_teacher(), tiny_student(), method="fast")
+    before = [weight.clone() for weight in made.start]
+    made.round(0.0)
+    ended = [weight.detach().clone() for weight in made.generator.parameters()]
+    for start, old, end in zip(made.start, before, ended, strict=True):
+        torch.testing.assert_close(start, (old + end) / 2)
+    assert any(not torch.equal(start, old) for start, old in zip(made.start, before))
+    expected = [start.clone() for start in made.start]
+    seen = []
+    judge = made._judge
+    made._judge = lambda *given: seen.append([w.detach().clone() for w in made.generator.parameters()]) or judge(*given)
+    made.round(0.5)
+    assert all(map(torch.equal, seen[0], expected))
+
+
+def test_a_generator_lives_for_some_rounds():
+    made = make(tiny_teacher(), tiny_student(), method="dfad", life=2)
+    weights = made.generator.seed[0].weight
+    jumps = []
+    for _ in range(5):
+        before = weights.detach().clone()
+        made.round(0.5)
+        jumps.append((weights - before).abs().mean().item())
+    assert min(jumps[2], jumps[4]) > 5 * max(jumps[0], jumps[1], jumps[3])
+
+
+def test_what_begins_anew_loses_its_averages_and_the_rest_keeps_them():
+    made = make(*vits(), method="cmi")
+    made.round(0.0)
+    states = made.learner.optimizer.state
+    steps = []
+    judge = made._judge
+
+    def watched(*given):
+        steps.append(
+            [states[weight]["step"].item() for weight in (made.latent, *made.generator.parameters())]
+            + [states[weight]["step"].item() for weight in made.terms.modules.parameters()]
+        )
+        return judge(*given)
+
+    made._judge = watched
+    made.round(0.5)
+    count = 1 + len([*made.generator.parameters()])
+    assert steps[0][:count] == [0] * count
+    assert set(steps[0][count:]) == {3} and len(steps[0]) > count  # the head of contrast
+
+
+@pytest.mark.parametrize("restart, expected", [("never", [0.4] * 3), ("round", [0.25, 0.5, 0.75]), ("meta", [0.3] * 3)])
+def test_the_learning_rates_cycle(restart, expected):
+    made = make(tiny_teacher(), tiny_student(), method="dfad", restart=restart)
+    seen = []
+    step = made.learner.step
+    made.learner.step = lambda loss, values, progress: seen.append(progress) or step(loss, values, progress)
+    made.round(0.4)
+    assert seen == pytest.approx(expected)
+
+
+def test_the_student_sees_the_pool_the_round_or_fresh_images():
+    pool = make(tiny_teacher(), tiny_student(), method="fast", shift=0)
+    pool.round(0.0)
+    rows = {tuple(image.flatten().tolist()) for image in pool.generator.normalise(pool.pool.bytes[:8] / 255)}
+    assert all(tuple(image.flatten().tolist()) in rows for image in pool.batch(0))
+    this_round = make(tiny_teacher(), tiny_student(), method="zskt")
+    this_round.round(0.0)
+    assert this_round.batch(0) is this_round.batch(1) is this_round.images
+    fresh = make(tiny_teacher(), tiny_student(), method="dfad")
+    fresh.round(0.0)
+    with torch.no_grad():
+        assert not torch.equal(fresh.batch(0), fresh.batch(1))
+
+
+def test_a_pool_that_nothing_fills_gives_way_to_fresh_images():
+    made = make(*vits(), method="deepinversion", generator_objectives={"asked": 0.0, "total_variation": 0.0})
+    assert made.learner is None  # BatchNorm is missing as well
+    made.round(0.0)
+    assert made.batch(0).shape == (8, 1, SIZE, SIZE)
+
+
+def test_rolled_moves_all_images_alike_and_passes_the_gradient_back():
+    images = torch.arange(2 * 36.0).view(2, 1, 6, 6).requires_grad_()
+    offsets = set()
+    for _ in range(60):
+        moved = rolled(images, 0.2)
+        offset = next(
+            (dy, dx)
+            for dy in (-1, 0, 1)
+            for dx in (-1, 0, 1)
+            if torch.equal(torch.roll(images, (dy, dx), (-2, -1)), moved)
+        )
+        offsets.add(offset)
+    assert len(offsets) == 9
+    (moved * moved.detach()).sum().backward()
+    torch.testing.assert_close(images.grad, images.detach())
+    assert rolled(images, 0) is images
+
+
+def test_teacher_and_student_see_the_rolled_images(monkeypatch):
+    monkeypatch.setattr(synthesis, "rolled", lambda images, share: images + share)
+    made = make(tiny_teacher(), tiny_student(), method="dfad", jitter=0.5, generator_steps=1)
+    seen = []
+    look = made.pair.look
+    monkeypatch.setattr(
+        made.pair, "look", lambda model, images, *rest: seen.append(images) or look(model, images, *rest)
+    )
+    made.round(0.0)
+    assert len(seen) == 2
+    for images in seen:
+        torch.testing.assert_close(images.detach(), made.images + 0.5)
+
+
+def test_no_network_runs_more_often_than_the_method_needs():
+    """Forwards of teacher and student in one round of three generator steps."""
+    expected = {"deepinversion": (3, 0), "psaq": (3, 0), "smi": (3, 0), "fast": (3, 3), "nayer": (3, 3), "cmi": (6, 3)}
+    for method, counts in {**expected, "vitkd": (6, 3)}.items():
+        teacher, student = vits()
+        made = make(teacher, student, method=method)
+        calls = {"teacher": 0, "student": 0}
+        for name, model in (("teacher", teacher), ("student", student)):
+
+            def count(module, args, output, name=name, calls=calls):
+                calls[name] += 1
+
+            model.blocks[-1].register_forward_hook(count)
+        made.round(0.0)
+        calls.update(teacher=0, student=0)  # what can be tapped is tried once
+        made.round(0.5)
+        assert tuple(calls.values()) == counts, method
+
+
+def test_contradicting_settings_are_refused():
+    with pytest.raises(ValueError, match=r"keep_patches is 0\.24 and jitter 0\.2"):
+        distill(*vits(), method="smi", jitter=0.2, steps=2, **SMALL)
+    with pytest.raises(ValueError, match="goes with restart='round'"):
+        distill(*vits(), method="smi", restart="never", steps=2, **SMALL)
+    with pytest.raises(ValueError, match="noisy generator makes images of a class: set conditional=True"):
+        distill(*vits(), method="nayer", conditional=False, steps=2, **SMALL)
+
+
+def test_feature_statistics_follow_their_formula():
+    made = make(tiny_teacher(), tiny_student(), method="deepinversion")
+    images = torch.randn(16, 1, SIZE, SIZE, requires_grad=True)
+    norm, teacher = made.pair.teacher.norm, made.pair.teacher
+    seen = teacher.stem(images.detach().double().float()).double().transpose(0, 1).flatten(1)  # (C, B·H·W)
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    expected = (seen.mean(1) - mean).square().sum().sqrt() + (
+        seen.var(1, correction=0) - variance
+    ).square().sum().sqrt()
+    value = term("feature_statistics", made, images)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    value.backward()
+    assert images.grad.abs().sum() > 0
+    assert not norm._forward_pre_hooks and norm.running_mean.grad is None
+
+
+def test_feature_statistics_are_of_the_training_images_at_best():
+    made = make(tiny_teacher(), tiny_student(), method="deepinversion")
+    norm = made.pair.teacher.norm
+    images = torch.randn(64, 1, SIZE, SIZE)
+    seen = made.pair.teacher.stem(images)
+    norm.running_mean.copy_(seen.mean((0, 2, 3)))
+    norm.running_var.copy_(seen.var((0, 2, 3), correction=0))
+    assert term("feature_statistics", made, images).item() < 1e-5
+    assert term("feature_statistics", made, images * 1.5).item() > 0.1
+
+
+def test_patch_entropy_is_of_the_attentions_output():
+    teacher, student = vits()
+    made = make(teacher, student, method="psaq", accelerate=False)
+    images = torch.randn(4, 1, SIZE, SIZE)
+    outputs = []
+    for block in teacher.blocks:
+        block.attn.fused_attn = False
+        block.attn.norm.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))  # (B, N, H·D)
+    teacher(images)
+    assert len(outputs) == 2
+    heads = [output.unflatten(2, (2, -1)).mean(2)[:, 1:] for output in outputs[:2]]
+    expected = -torch.stack([ops.patch_similarity_entropy(tokens) for tokens in heads]).mean()
+    made.pair.followed = (0, 1)  # the student has one block, which follows the last
+    assert term("patch_entropy", made, images).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_asked_total_variation_and_boundary_follow_their_formulas():
+    made = make(tiny_teacher(), tiny_student(), method="fast")
+    pair, images, labels = made.pair, torch.randn(6, 1, SIZE, SIZE), torch.randint(4, (6,))
+    logits = pair.teacher(images).double()
+    expected = -logits.log_softmax(1)[torch.arange(6), labels].mean()
+    assert term("asked", made, images, labels).item() == pytest.approx(expected.item(), rel=1e-5)
+    pixels = images * 0.25 + 0.5
+    varied = (pixels[:, :, 1:] - pixels[:, :, :-1]).square().mean() + (
+        pixels[..., 1:] - pixels[..., :-1]
+    ).square().mean()
+    assert term("total_variation", made, images).item() == pytest.approx(varied.item(), rel=1e-5)
+    with frozen(pair.student):
+        by_student = pair.student(images).double()
+    alike = by_student.argmax(1) == logits.argmax(1)
+    assert 0 < alike.sum() < 6
+    log_p, log_q = (logits / 4).log_softmax(1), (by_student / 4).log_softmax(1)
+    rows = 16 * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+    assert term("boundary", made, images).item() == pytest.approx(-(rows * alike).mean().item(), rel=1e-4)
+
+
+def test_total_variation_weighs_channels_by_their_normalisation():
+    spec = ImageSpec(5, 6, (0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
+    images = torch.randn(4, 3, 5, 6)
+    pixels = spec.pixels(images)
+    expected = pixels.diff(dim=-2).square().mean() + pixels.diff(dim=-1).square().mean()
+    scene = SimpleNamespace(images=images, pair=SimpleNamespace(spec=spec))
+    torch.testing.assert_close(GENERATOR_OBJECTIVES["total_variation"].function(scene), expected)
+
+
+def test_pixels_stay_within_what_an_image_can_be():
+    spec = ImageSpec(SIZE, SIZE, (0.5,), (0.1,))
+    pixels = GENERATORS["pixels"](spec, GeneratorSettings(batch_size=4))
+    images = pixels(torch.zeros(4, 8))
+    assert images.std().item() == pytest.approx(1, abs=0.2)
+    with torch.no_grad():
+        pixels.images.fill_(100)
+    torch.testing.assert_close(pixels.pixels(pixels(torch.zeros(2, 8))), torch.ones(2, 1, SIZE, SIZE))
+    pixels(torch.zeros(9, 8)).sum().backward()  # more than it has: they come again
+    torch.testing.assert_close(pixels.images.grad[:, 0, 0, 0], torch.tensor([3.0, 2.0, 2.0, 2.0]))
+
+
+def test_a_deeper_teacher_is_dropped_on_its_last_block():
+    made = make(vit(16, 3, seed=0), vit(8, 1, seed=1), method="smi")
+    assert made.patches is not None and made.pair.followed[-1] == 2

@@ -1,0 +1,79 @@
+"""Where a ViT's tokens lie: class and other prefix tokens first, then a grid of patches; two ViTs' side by side."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd_fast.generator import ImageSpec
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of the last tokens of one image."""
+
+    count: int
+    prefix: int = 0
+    """Class, distillation and register tokens."""
+    has_class: bool = False
+    """The first of them is the class token."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patches; None: not known, so the tokens can only be taken as they are."""
+
+
+def layout_of(model: Any, count: int, spec: ImageSpec) -> Layout:
+    """What timm's attributes say of a model's tokens, as far as it accounts for all `count`."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    has_class = prefix > 0 and getattr(model, "cls_token", None) is not None
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(patch_embed, "dynamic_feat_size"):
+        grid = patch_embed.dynamic_feat_size((spec.height, spec.width))
+    else:
+        grid = getattr(patch_embed, "grid_size", None)
+    if not grid or prefix + grid[0] * grid[1] != count:
+        return Layout(count)
+    return Layout(count, prefix, has_class, (int(grid[0]), int(grid[1])))
+
+
+def same_places(student: Layout, teacher: Layout) -> bool:
+    """Whether token n of the one is what token n of the other is; taken on trust where a grid is not known."""
+    if student.grid is None or teacher.grid is None:
+        return student.count == teacher.count
+    return (student.prefix, student.grid) == (teacher.prefix, teacher.grid)
+
+
+def why_not_aligned(student: Layout, teacher: Layout, *, resize: bool) -> str | None:
+    """Why `align` cannot be had; None when it can."""
+    if same_places(student, teacher):
+        return None
+    if student.grid is None or teacher.grid is None:
+        return f"the student has {student.count} tokens and the teacher {teacher.count}"
+    if not resize and student.grid != teacher.grid:
+        return "the student has {}×{} patches and the teacher {}×{}".format(*student.grid, *teacher.grid)
+    return None
+
+
+def align(student: Tensor, teacher: Tensor, of_student: Layout, of_teacher: Layout) -> tuple[Tensor, Tensor]:
+    """What both have of (B, N, …): prefix tokens, and the patches on the teacher's grid.
+
+    Prefix tokens are paired where there are equally many, else class token with class token if both have one. Patches
+    on another grid are resized bilinearly, which (B, N, D) tokens can be and packed qkv cannot.
+    """
+    if same_places(of_student, of_teacher):
+        return student, teacher
+    if of_student.prefix == of_teacher.prefix:
+        paired = of_teacher.prefix
+    else:
+        paired = int(of_student.has_class and of_teacher.has_class)
+    patches = student[:, of_student.prefix :]
+    if of_student.grid != of_teacher.grid:
+        assert of_student.grid is not None and of_teacher.grid is not None
+        squares = patches.mT.unflatten(-1, of_student.grid)  # (B, D, rows, columns)
+        resized = F.interpolate(squares, of_teacher.grid, mode="bilinear", antialias=True, align_corners=False)
+        patches = resized.flatten(2).mT
+    return (
+        torch.cat((student[:, :paired], patches), 1),
+        torch.cat((teacher[:, :paired], teacher[:, of_teacher.prefix :]), 1),
+    )

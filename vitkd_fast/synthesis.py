@@ -1,0 +1,223 @@
+"""Where the student's images come from: rounds in which a generator is improved, and a pool of what it made.
+
+An objective that is an nn.Module may have, besides `forward`,
+
+- `off`: why it has nothing to measure on this teacher, or None;
+- `watching()`: a context in which the teacher looks at the images, for hooks of its own;
+- `end_round()`: called after the last step of a round.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_fast import contrast, noisy_generator, transformer_generator  # noqa: F401  they register themselves
+from vitkd_fast.config import Config
+from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings
+from vitkd_fast.guard import PEAK, GuardedAdamW
+from vitkd_fast.models import frozen
+from vitkd_fast.objectives import Scene, Terms
+from vitkd_fast.pair import Pair
+from vitkd_fast.replay import ReplayPool, shifted
+from vitkd_fast.sparse import LivePatches
+
+Autocast = Callable[[], contextlib.AbstractContextManager]
+META_RATE = 0.5  # how far the weights that rounds start from move to where a round ended (Nichol et al. 2018, Reptile)
+
+
+class Synthesis:
+    """A generator, what it minimises and in which rhythm, as the configuration says.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+
+    def __init__(self, pair: Pair, terms: Terms, config: Config, autocast: Autocast) -> None:
+        _check(config)
+        self.pair, self.terms, self.config, self.autocast = pair, _without_idle(terms, pair), config, autocast
+        settings = GeneratorSettings(
+            config.latent, config.width, pair.classes if config.conditional else 0, config.batch_size
+        )
+        self.generator: Generator = GENERATORS[config.generator](pair.spec, settings).to(pair.device)
+        self.pool = ReplayPool(config.pool, self.generator)
+        self.patches = _patches(pair, config)
+        self.latent = nn.Parameter(torch.zeros(config.batch_size, config.latent, device=pair.device))
+        learns = [self.generator, self.terms.modules]
+        learns += [nn.ParameterList([self.latent])] if config.learn_latent else []
+        self.learner: GuardedAdamW | None = None
+        if self.terms.names and any(weight.requires_grad for weight in self.generator.parameters()):
+            self.learner = GuardedAdamW(
+                "generator",
+                nn.ModuleList(learns),
+                config.generator_lr,
+                self.terms.names,
+                betas=(0.5, 0.999),
+                clip=config.clip,
+                own_lr={self.latent: config.latent_lr} if config.learn_latent else None,
+            )
+        learning_start = config.restart == "meta"
+        self.start = [weight.detach().clone() for weight in self.generator.parameters()] if learning_start else []
+        self.rounds = 0
+        self.images: Tensor | None = None  # of this round
+
+    def round(self, progress: float) -> None:
+        """Improve the generator: images on which the networks say what the objectives want."""
+        if self.learner is None:
+            return
+        config = self.config
+        self._restart()
+        # Where the images of a round are what is wanted, they are the same throughout; else each step has its own.
+        same = config.learn_latent or config.restart != "never" or config.images != "fresh"
+        noise, labels = self._draw()
+        for step in range(config.generator_steps):
+            if step and not same:
+                noise, labels = self._draw()
+            loss, values, images = self._judge(noise, labels, step)
+            self.learner.step(loss, values, self._progress(step, progress))
+        self.images = images
+        if config.images == "pool":
+            with torch.no_grad(), self.autocast():
+                self.pool.add(self._images(noise, labels))
+        for module in self.terms.modules:
+            if hasattr(module, "end_round"):
+                module.end_round()  # type: ignore[operator]
+        if config.restart == "meta":
+            torch._foreach_lerp_(self.start, [weight.detach() for weight in self.generator.parameters()], META_RATE)
+        self.rounds += 1
+
+    def batch(self, step: int) -> Tensor:
+        """Images for the student's step, without a graph, each shifted by its own few pixels."""
+        config = self.config
+        if config.images == "pool" and self.pool.count:
+            images = self.pool.sample(config.batch_size)
+        elif config.images == "round" and self.images is not None:
+            images = self.images
+        elif is_replay(step, config.replay):
+            images = self.pool.sample(config.batch_size)
+        else:
+            images = self.generator.sample(config.batch_size)
+            if config.replay:
+                self.pool.add(images)
+        return shifted(images, config.shift)
+
+    def _judge(self, noise: Tensor, labels: Tensor | None, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss, its terms and the images of one step. No weight but those that learn here has a gradient."""
+        pair, config, needs = self.pair, self.config, self.terms.needs
+        dropping = self.patches is not None and self.patches.due(step, config.generator_steps)
+        with self.autocast(), contextlib.ExitStack() as stack:
+            made = self._images(noise, labels)  # (B, C, H, W)
+            images = rolled(made, config.jitter)
+            student = None
+            if "student" in needs:
+                stack.enter_context(frozen(pair.student))
+                student = pair.look(pair.student, images)
+            with self._watching():
+                teacher = pair.look(pair.teacher, images, needs | {"attention"} if dropping else needs)
+            loss, values = self.terms(Scene(images, teacher, student, pair, config, labels, noise))
+            if dropping:
+                self.patches.drop(teacher.attention[-1], step, config.generator_steps)  # type: ignore[union-attr]
+        return loss, values, made.detach()
+
+    def _draw(self) -> tuple[Tensor, Tensor | None]:
+        noise, labels = self.generator.draw(self.config.batch_size)
+        return self.latent if self.config.learn_latent else noise, labels
+
+    def _images(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        images = self.generator(noise, labels)
+        return images if self.patches is None else self.patches.shown(images)
+
+    @contextlib.contextmanager
+    def _watching(self):
+        with contextlib.ExitStack() as stack:
+            for part in (*self.terms.modules, self.patches):
+                if hasattr(part, "watching"):
+                    stack.enter_context(part.watching())
+            yield
+
+    def _restart(self) -> None:
+        """Begin a round; what begins anew loses the optimiser's averages too."""
+        config, weights = self.config, list(self.generator.parameters())
+        anew = weights if config.restart != "never" else []
+        if config.restart == "round":
+            self.generator.restart()
+        elif config.life and self.rounds and self.rounds % config.life == 0:
+            self.generator.restart()
+            anew = weights
+            for start, weight in zip(self.start, weights):
+                start.copy_(weight.detach())
+        elif config.restart == "noise":
+            self.generator.restart_noise()
+        elif config.restart == "meta":
+            with torch.no_grad():
+                torch._foreach_copy_([*weights], self.start)
+        if config.learn_latent:
+            with torch.no_grad():
+                self.latent.normal_()
+            anew = [*anew, self.latent]
+        if self.learner is not None:
+            for weight in anew:
+                for average in self.learner.optimizer.state.get(weight, {}).values():
+                    average.zero_()
+        if self.patches is not None:
+            self.patches.begin()
+
+    def _progress(self, step: int, progress: float) -> float:
+        """Where on its one cycle the learning rate is."""
+        if self.config.restart == "never":
+            return progress
+        return (step + 1) / (self.config.generator_steps + 1) if self.config.restart == "round" else PEAK
+
+
+def rolled(images: Tensor, share: float) -> Tensor:
+    """All (B, C, H, W) images moved alike, by a random offset of up to `share` of their sides; what leaves enters
+    opposite."""
+    if share == 0:
+        return images
+    for dim in (-2, -1):
+        size, most = images.shape[dim], round(images.shape[dim] * share)
+        move = torch.randint(-most, most + 1, (1,), device=images.device)
+        images = images.index_select(dim, (torch.arange(size, device=images.device) + move).remainder(size))
+    return images
+
+
+def is_replay(step: int, share: float) -> bool:
+    """Whether this step is a replayed one: evenly spread, `share` of all, never the first."""
+    return int((step + 1) * share) > int(step * share)
+
+
+def _check(config: Config) -> None:
+    if config.keep_patches < 1 and config.jitter:
+        raise ValueError(
+            f"keep_patches is {config.keep_patches} and jitter {config.jitter}; dropped patches stay where they are, "
+            f"so images cannot be rolled: set one of them to keep_patches=1 or jitter=0."
+        )
+    if config.keep_patches < 1 and config.restart != "round":
+        raise ValueError(f"keep_patches is {config.keep_patches}, which goes with restart='round'.")
+
+
+def _without_idle(terms: Terms, pair: Pair) -> Terms:
+    """Without the objectives that have nothing to measure; the pair's notes say why."""
+    idle = {name: off for name, module in terms.functions.items() if (off := getattr(module, "off", None))}
+    if not idle:
+        return terms
+    pair.notes.extend(f"{name} is off: {off}" for name, off in idle.items())
+    return replace(
+        terms,
+        objectives=[one for one in terms.objectives if one.name not in idle],
+        weights={name: weight for name, weight in terms.weights.items() if name not in idle},
+        functions={name: function for name, function in terms.functions.items() if name not in idle},
+        modules=nn.ModuleList(module for module in terms.modules if not getattr(module, "off", None)),
+    )
+
+
+def _patches(pair: Pair, config: Config) -> LivePatches | None:
+    if config.keep_patches == 1:
+        return None
+    missing = LivePatches.missing(pair)
+    if missing is not None:
+        pair.notes.append(f"keep_patches is off: {missing}")
+        return None
+    return LivePatches(pair, config.keep_patches)
