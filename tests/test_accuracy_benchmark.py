@@ -207,7 +207,9 @@ def test_finished_runs_are_kept_until_a_setting_changes(bench, capsys):
     _, calls, _, _ = run("--methods", "dfad", "--seeds", "1", "--skip", "real_kd", "real_labels", "--steps", "7")
     assert [options["method"] for _, options in calls] == ["noise", "dfad"]
     patch = pytest.MonkeyPatch()
-    patch.setitem(METHODS, "dfad", accuracy.replace(METHODS["dfad"], settings={**METHODS["dfad"].settings, "shift": 1}))
+    patch.setitem(
+        METHODS, "dfad", accuracy.replace(METHODS["dfad"], settings={**METHODS["dfad"].settings, "shift": 0.1})
+    )
     _, calls, _, _ = run("--methods", "dfad", "--seeds", "1")
     patch.undo()
     assert [options["method"] for _, options in calls] == ["dfad"]

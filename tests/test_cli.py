@@ -64,10 +64,12 @@ def test_flags_are_the_fields_of_a_config(monkeypatch):
     # vitkd_fast.distill is the function; its module has the same name
     monkeypatch.setattr(importlib.import_module("vitkd_fast.distill"), "distill", recorded)
     names = ("distill", "--teacher", "a", "--student", "b")
-    cli.main([*names, "--method", "dafl", "--generator-objectives", "total-variation=0.1", "one_hot=0", "--shift", "3"])
+    cli.main(
+        [*names, "--method", "dafl", "--generator-objectives", "total-variation=0.1", "one_hot=0", "--shift", "0.25"]
+    )
     assert given.pop("evaluate") is None
     weights = {"one_hot": 0, "total_variation": 0.1}
-    assert Config(**given) == Config(method="dafl", shift=3, generator_objectives=weights)
+    assert Config(**given) == Config(method="dafl", shift=0.25, generator_objectives=weights)
     cli.main([*names, "--student-objectives", "tokens=0.5", "--learn-latent"])
     given.pop("evaluate")
     assert Config(**given) == Config(student_objectives={"tokens": 0.5}, learn_latent=True)

@@ -59,9 +59,9 @@ def test_an_unknown_name_suggests_the_nearest():
 
 
 def test_the_method_decides_what_is_not_given():
-    plain, given = Config(method="dafl"), Config(method="dafl", student_steps=7, shift=1)
+    plain, given = Config(method="dafl"), Config(method="dafl", student_steps=7, shift=0.5)
     assert (plain.student_steps, plain.shift, plain.images) == (1, 0, "round")
-    assert (given.student_steps, given.shift, given.images) == (7, 1, "round")
+    assert (given.student_steps, given.shift, given.images) == (7, 0.5, "round")
     assert Config().method == "best" and Config() == Config(method="best")
     decided = settings_of("dafl")
     assert {name: getattr(plain, name) for name in decided} == decided

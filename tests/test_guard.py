@@ -114,20 +114,3 @@ def test_a_module_may_have_no_weights_but_those_with_their_own_rate():
     model = nn.Linear(2, 1, bias=False)
     optimizer = GuardedAdamW("generator", model, 1e-2, ["loss"], own_lr={model.weight: 0.1})
     assert [group["peak"] for group in optimizer.optimizer.param_groups] == [0.1]
-
-
-def test_what_is_forgotten_is_learnt_again_as_if_new():
-    torch.manual_seed(0)
-    images = torch.randn(16, 1, 8, 8)
-    model = TinyNet(8).eval()
-    optimizer = GuardedAdamW("generator", model, 1e-2, ["loss"])
-    for _ in range(3):
-        one_step(model, optimizer, images)
-    assert moments(optimizer)
-    fresh = TinyNet(8).eval()
-    fresh.load_state_dict(model.state_dict())
-    optimizer.forget()
-    assert not moments(optimizer)
-    one_step(model, optimizer, images)
-    one_step(fresh, GuardedAdamW("generator", fresh, 1e-2, ["loss"]), images)
-    assert same(state(model), state(fresh))

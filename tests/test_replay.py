@@ -1,10 +1,10 @@
-"""Replay: what goes in comes out, to a byte; the oldest go first; shifts move each image by its own offset."""
+"""Replay: what goes in comes out, to a byte; the oldest go first."""
 
 import pytest
 import torch
 
 from vitkd_fast.generator import Convolutional, GeneratorSettings, ImageSpec
-from vitkd_fast.replay import ReplayPool, shifted
+from vitkd_fast.replay import ReplayPool
 
 
 @pytest.fixture
@@ -48,16 +48,3 @@ def test_capacity_is_rounded_up_to_whole_batches(pool):
 def test_a_pool_keeps_no_graph(pool):
     pool.add(pool.generator.sample(2))
     assert not pool.sample(2).requires_grad
-
-
-def test_shifted_moves_each_image_and_repeats_edges():
-    images = torch.arange(2 * 25.0).view(1, 2, 5, 5).expand(300, -1, -1, -1)
-    seen = set()
-    for moved in shifted(images, 1):
-        row, column = (moved[0, 2, 2].long() // 5).item(), (moved[0, 2, 2].long() % 5).item()
-        seen.add((row - 2, column - 2))
-        rows = (torch.arange(5) + row - 2).clamp(0, 4)
-        columns = (torch.arange(5) + column - 2).clamp(0, 4)
-        assert torch.equal(moved, images[0][:, rows][:, :, columns])
-    assert seen == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
-    assert shifted(images, 0) is images

@@ -151,6 +151,24 @@ def test_a_generator_lives_for_some_rounds():
     assert min(jumps[2], jumps[4]) > 5 * max(jumps[0], jumps[1], jumps[3])
 
 
+def test_several_generators_take_turns_and_only_the_one_whose_turn_it_is_learns():
+    made = make(tiny_teacher(), tiny_student(), method="best", generators=3)
+    assert not torch.equal(*(part.to_pixels.weight for part in made.generator.parts[:2]))
+    for turn in (1, 2, 0, 1):
+        before = [part.to_pixels.weight.detach().clone() for part in made.generator.parts]
+        made.round(0.5)
+        moved = [not torch.equal(*pair) for pair in zip((p.to_pixels.weight for p in made.generator.parts), before)]
+        assert made.generator.turn == turn and moved == [part == turn for part in range(3)]
+        torch.manual_seed(0)
+        images = made.generator.sample(4)
+        torch.manual_seed(0)
+        assert torch.equal(images, made.generator.parts[turn].sample(4))
+    asked = []
+    for part in made.generator.parts:
+        part.register_forward_hook(lambda _module, _inputs, images: asked.append(len(images)))
+    assert len(made.generator.eval().sample(8)) == 8 and asked == [3, 3, 2]
+
+
 def test_what_begins_anew_loses_its_averages_and_the_rest_keeps_them():
     made = make(*vits(), method="cmi")
     made.round(0.0)
@@ -235,6 +253,19 @@ def test_teacher_and_student_see_the_rolled_images(monkeypatch):
         torch.testing.assert_close(images.detach(), made.images + 0.5)
 
 
+def test_robust_means_that_the_networks_judge_moved_images(monkeypatch):
+    moved = []
+    monkeypatch.setattr(synthesis, "augmented", lambda images, *by: moved.append(by) or images)
+    made = make(tiny_teacher(), tiny_student(), method="dfad", shift=0.25, turn=0.1)
+    made.round(0.5)
+    assert moved == []
+    made.batch(0)
+    assert moved == [(0.25, 0.1)]
+    robust = {"robust": True, "generator_steps": 2}
+    make(tiny_teacher(), tiny_student(), method="dfad", shift=0.25, turn=0.1, **robust).round(0.5)
+    assert moved == [(0.25, 0.1)] * 3
+
+
 def test_no_network_runs_more_often_than_the_method_needs():
     """Forwards of teacher and student in one round of three generator steps."""
     expected = {"deepinversion": (3, 0), "psaq": (3, 0), "smi": (3, 0), "fast": (3, 3), "nayer": (3, 3), "cmi": (6, 3)}
@@ -255,6 +286,10 @@ def test_no_network_runs_more_often_than_the_method_needs():
 
 
 def test_contradicting_settings_are_refused():
+    with pytest.raises(ValueError, match="generators is 2; several take turns only where they go on learning"):
+        make(tiny_teacher(), tiny_student(), method="cmi", generators=2)
+    with pytest.raises(ValueError, match="robust is True; dropped patches stay"):
+        make(tiny_teacher(), tiny_student(), method="smi", robust=True)
     with pytest.raises(ValueError, match=r"keep_patches is 0\.24 and jitter 0\.2"):
         distill(*vits(), method="smi", jitter=0.2, steps=2, **SMALL)
     with pytest.raises(ValueError, match="goes with restart='round'"):

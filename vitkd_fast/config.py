@@ -50,6 +50,8 @@ class Config:
     # What the method decides
     generator: str = OF_METHOD
     """Which of `vitkd_fast.generator.GENERATORS` makes the images."""
+    generators: int = OF_METHOD
+    """How many of them take turns, a round each: they come to make different images."""
     generator_objectives: Mapping[str, float] = OF_METHOD
     """Weights of what the generator minimises, by name, beside the method's or in place of them; 0 turns one off."""
     student_objectives: Mapping[str, float] = OF_METHOD
@@ -72,8 +74,13 @@ class Config:
     """Share of the student's steps on replayed batches, where images are fresh."""
     pool: int = OF_METHOD
     """Images kept for replay, on the device, as bytes."""
-    shift: int = OF_METHOD
-    """Images are shifted by up to this many pixels, each by its own, before both networks see them."""
+    shift: float = OF_METHOD
+    """Images are shifted by up to this share of their sides, each by its own, before both networks see them."""
+    turn: float = OF_METHOD
+    """Images are also turned by up to this many radians, and scaled by up to 0.7 of it, each by its own."""
+    robust: bool = OF_METHOD
+    """The generator's steps judge images shifted and turned in the same way, not as they left it: what the teacher is
+    sure of only at one exact place is noise to a person."""
     jitter: float = OF_METHOD
     """In the generator's steps, the batch is rolled by up to this share of its height and width before both networks
     see it."""
@@ -164,11 +171,11 @@ def _numbers(value: Any) -> bool:
 
 _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "steps batch_size generator_steps student_steps latent width pool log_every",
+        "steps batch_size generators generator_steps student_steps latent width pool log_every",
         lambda value: _integer(value) and value >= 1,
         "an integer of at least 1",
     ),
-    ("seed shift life max_skipped", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
+    ("seed life max_skipped", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
     (
         "weight_decay clip",
         lambda value: _number(value) and value >= 0,
@@ -185,13 +192,18 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: _number(value) and 0 < value <= 1,
         "a share above 0, up to 1",
     ),
-    ("replay jitter", lambda value: _number(value) and 0 <= value < 1, "a share from 0 up to, not including, 1"),
+    ("turn", lambda value: _number(value) and 0 <= value <= 1.5, "radians from 0 to 1.5"),
+    ("replay shift jitter", lambda value: _number(value) and 0 <= value < 1, "a share from 0 up to, not including, 1"),
     ("student_loss disagreement", KINDS.__contains__, ", ".join(KINDS)),
     ("restart", ("never", "round", "meta", "noise").__contains__, "never, round, meta, noise"),
     ("images", ("fresh", "round", "pool").__contains__, "fresh, round, pool"),
     ("generator", lambda value: isinstance(value, str), "the name of a generator"),
     ("precision", ("float32", "bfloat16").__contains__, "float32, bfloat16"),
-    ("overwrite accelerate progress learn_latent conditional", lambda value: isinstance(value, bool), "True, False"),
+    (
+        "overwrite accelerate progress learn_latent conditional robust",
+        lambda value: isinstance(value, bool),
+        "True, False",
+    ),
     ("out teacher_checkpoint", lambda value: value is None or isinstance(value, Path), "a path, None"),
     ("device", lambda value: value is None or isinstance(value, str), "None, or a name such as cpu, cuda, cuda:0"),
     (

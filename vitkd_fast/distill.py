@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitkd_fast import evaluate as evaluation
 from vitkd_fast import generator_objectives, student_objectives  # noqa: F401  they register themselves
@@ -116,15 +116,17 @@ def _distill(
 
     student.train()
     status, failure = "completed", None
+    labelled: Tensor | None = None
     try:
         for step in range(config.steps):
             progress = step / config.steps
             if step % config.student_steps == 0:
                 synthesis.round(progress)
-            # The teacher labels images; it has no graph.
+            # The teacher labels images, once where a batch is used again; it has no graph.
             with torch.no_grad(), autocast():
                 images = synthesis.batch(step)
-                by_teacher = pair.look(teacher, images, student_terms.needs)
+                if images is not labelled:
+                    labelled, by_teacher = images, pair.look(teacher, images, student_terms.needs)
             # The student learns to agree.
             with autocast():
                 by_student = pair.look(student, images, student_terms.needs)

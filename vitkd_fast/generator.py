@@ -8,7 +8,7 @@ A generator of your own is one registered class; then `distill(…, generator="m
         def forward(self, noise, labels=None): …  # self.normalise([0, 1] pixels)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class Generator(nn.Module):
 
     def __init__(self, spec: ImageSpec, settings: GeneratorSettings) -> None:
         super().__init__()
-        self.settings = settings
+        self.spec, self.settings = spec, settings
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1))
 
@@ -92,6 +92,34 @@ class Generator(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         return images * self.std + self.mean
+
+
+class Several(Generator):
+    """Generators that take turns, each learning what the others do not make.
+
+    Forward, noise and labels are those of the one whose turn it is; in eval mode `sample` asks all of them.
+    """
+
+    def __init__(self, parts: Sequence[Generator]) -> None:
+        super().__init__(parts[0].spec, parts[0].settings)
+        self.parts = nn.ModuleList(parts)
+        self.turn = 0
+
+    def next(self) -> None:
+        """Hand the turn on."""
+        self.turn = (self.turn + 1) % len(self.parts)
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.parts[self.turn](noise, labels)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        return self.parts[self.turn].draw(count)  # type: ignore[operator]
+
+    def sample(self, count: int) -> Tensor:
+        if self.training:
+            return super().sample(count)
+        shares = [count // len(self.parts) + (part < count % len(self.parts)) for part in range(len(self.parts))]
+        return torch.cat([part.sample(share) for part, share in zip(self.parts, shares, strict=True) if share])  # type: ignore[operator]
 
 
 GENERATORS: dict[str, type[Generator]] = {}

@@ -100,10 +100,6 @@ class GuardedAdamW:
         for buffer, kept in zip(self.buffers, self.kept_buffers, strict=True):
             kept.copy_(buffer.copy_(torch.where(bad > 0, kept, buffer)))
 
-    def forget(self) -> None:
-        """Drop the optimiser's averages: its weights began anew."""
-        self.optimizer.state.clear()
-
 
 def one_cycle(progress: float, peak: float) -> float:
     """Learning rate at a share of the run (Smith & Topin 2017): cosines up for 30 % of it, then down to nothing."""

@@ -4,10 +4,11 @@ A method of your own is one call: `register(Method("mine", "what it is", {"stude
 `distill(…, method="mine")`. Its settings are fields of `vitkd_fast.Config`, those under "What the method decides".
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from vitkd_fast.suggest import suggestion
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Method:
 
 BASE: dict[str, Any] = {
     "generator": "convolutional",
+    "generators": 1,
     "generator_objectives": {},
     "student_objectives": {"logits": 1.0},
     "generator_steps": 1,
@@ -33,7 +35,9 @@ BASE: dict[str, Any] = {
     "images": "fresh",
     "replay": 0.0,
     "pool": 8192,
-    "shift": 2,
+    "shift": 0.125,
+    "turn": 0.0,
+    "robust": False,
     "jitter": 0.0,
     "keep_patches": 1.0,
     "student_loss": "kl",
@@ -68,10 +72,8 @@ def settings_of(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such method.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"method is {name!r}; {hint}known: {', '.join(METHODS)}.")
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method is {name!r}; {suggestion(name, METHODS)}")
     return BASE | dict(METHODS[name].settings)
 
 
@@ -79,12 +81,14 @@ register(
     Method(
         "best",
         "Ours: what measured best for ViTs (benchmarks/accuracy.py). Disagreement from DFAD (Fang et al. 2019), class "
-        "priors from DAFL (Chen et al. 2019), every image replayed, the teacher's last tokens matched.",
+        "priors from DAFL (Chen et al. 2019), four generators in turn, earlier images replayed, the teacher's last "
+        "tokens matched.",
         {
             "generator_objectives": {"disagreement": 0.3, "one_hot": 1.0, "balance": 5.0},
             "student_objectives": {"logits": 1.0, "tokens": 1.0},
             "student_loss": "l1",
             "replay": 0.5,
+            "generators": 4,
         },
     )
 )
@@ -115,7 +119,7 @@ register(
             "generator_objectives": {"one_hot": 1.0, "balance": 5.0, "activation": 0.1},
             "student_steps": 1,
             "images": "round",
-            "shift": 0,
+            "shift": 0.0,
         },
     )
 )
@@ -131,7 +135,7 @@ register(
             "student_steps": 10,
             "images": "round",
             "disagreement": "kl",
-            "shift": 0,
+            "shift": 0.0,
         },
     )
 )
@@ -143,7 +147,7 @@ register(
         {
             "generator_objectives": {"disagreement": 1.0},
             "student_loss": "l1",
-            "shift": 0,
+            "shift": 0.0,
         },
     )
 )
@@ -280,7 +284,7 @@ register(
             "generator": "noise",
             "student_objectives": {"logits": 1.0, "tokens": 1.0},
             "student_loss": "l1",
-            "shift": 0,
+            "shift": 0.0,
         },
     )
 )

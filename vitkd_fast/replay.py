@@ -34,15 +34,3 @@ class ReplayPool:
         """`count` images drawn with replacement, normalised again."""
         index = torch.randint(self.count, (count,), device=self.bytes.device)
         return self.generator.normalise(self.bytes[index].float().div_(255))
-
-
-def shifted(images: Tensor, shift: int) -> Tensor:
-    """Each (C, H, W) image moved by its own random offset of up to `shift` pixels; edges are repeated."""
-    if shift == 0:
-        return images
-    batch, _, height, width = images.shape
-    offset = torch.randint(-shift, shift + 1, (2, batch, 1), device=images.device)
-    rows = (torch.arange(height, device=images.device) + offset[0]).clamp_(0, height - 1)  # (B, H)
-    columns = (torch.arange(width, device=images.device) + offset[1]).clamp_(0, width - 1)  # (B, W)
-    index = torch.arange(batch, device=images.device)
-    return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

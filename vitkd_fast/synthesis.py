@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_fast import contrast, noisy_generator, transformer_generator  # noqa: F401  they register themselves
+from vitkd_fast.augment import augmented
 from vitkd_fast.config import Config
-from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings
+from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings, Several
 from vitkd_fast.guard import PEAK, GuardedAdamW
 from vitkd_fast.models import frozen
 from vitkd_fast.objectives import Scene, Terms
 from vitkd_fast.pair import Pair
-from vitkd_fast.replay import ReplayPool, shifted
+from vitkd_fast.replay import ReplayPool
 from vitkd_fast.sparse import LivePatches
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -41,7 +42,9 @@ class Synthesis:
         settings = GeneratorSettings(
             config.latent, config.width, pair.classes if config.conditional else 0, config.batch_size
         )
-        self.generator: Generator = GENERATORS[config.generator](pair.spec, settings).to(pair.device)
+        kind = GENERATORS[config.generator]
+        made = [kind(pair.spec, settings).to(pair.device) for _ in range(config.generators)]
+        self.generator: Generator = made[0] if config.generators == 1 else Several(made)
         self.pool = ReplayPool(config.pool, self.generator)
         self.patches = _patches(pair, config)
         self.latent = nn.Parameter(torch.zeros(config.batch_size, config.latent, device=pair.device))
@@ -89,7 +92,7 @@ class Synthesis:
         self.rounds += 1
 
     def batch(self, step: int) -> Tensor:
-        """Images for the student's step, without a graph, each shifted by its own few pixels."""
+        """Images for the student's step, without a graph, each moved a little by its own."""
         config = self.config
         if config.images == "pool" and self.pool.count:
             images = self.pool.sample(config.batch_size)
@@ -101,7 +104,7 @@ class Synthesis:
             images = self.generator.sample(config.batch_size)
             if config.replay:
                 self.pool.add(images)
-        return shifted(images, config.shift)
+        return augmented(images, config.shift, config.turn)
 
     def _judge(self, noise: Tensor, labels: Tensor | None, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss, its terms and the images of one step. No weight but those that learn here has a gradient."""
@@ -110,6 +113,8 @@ class Synthesis:
         with self.autocast(), contextlib.ExitStack() as stack:
             made = self._images(noise, labels)  # (B, C, H, W)
             images = rolled(made, config.jitter)
+            if config.robust:
+                images = augmented(images, config.shift, config.turn)
             student = None
             if "student" in needs:
                 stack.enter_context(frozen(pair.student))
@@ -139,6 +144,8 @@ class Synthesis:
 
     def _restart(self) -> None:
         """Begin a round; what begins anew loses the optimiser's averages too."""
+        if isinstance(self.generator, Several):
+            self.generator.next()
         config, weights = self.config, list(self.generator.parameters())
         anew = weights if config.restart != "never" else []
         if config.restart == "round":
@@ -189,10 +196,20 @@ def is_replay(step: int, share: float) -> bool:
 
 
 def _check(config: Config) -> None:
+    if config.generators > 1 and (config.restart != "never" or config.life or config.learn_latent):
+        raise ValueError(
+            f"generators is {config.generators}; several take turns only where they go on learning: with "
+            f"restart='never', life=0 and learn_latent=False."
+        )
     if config.keep_patches < 1 and config.jitter:
         raise ValueError(
             f"keep_patches is {config.keep_patches} and jitter {config.jitter}; dropped patches stay where they are, "
             f"so images cannot be rolled: set one of them to keep_patches=1 or jitter=0."
+        )
+    if config.keep_patches < 1 and config.robust:
+        raise ValueError(
+            f"keep_patches is {config.keep_patches} and robust is True; dropped patches stay where they are, so images "
+            f"cannot be moved: set one of them to keep_patches=1 or robust=False."
         )
     if config.keep_patches < 1 and config.restart != "round":
         raise ValueError(f"keep_patches is {config.keep_patches}, which goes with restart='round'.")

@@ -1,0 +1,41 @@
+"""Random small movements of images, each image by its own; gradients reach the images."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCALE = 0.7  # how much a turned image may also grow or shrink, for each radian that it may turn
+
+
+def shifted(images: Tensor, share: float) -> Tensor:
+    """Each (C, H, W) image moved by its own whole pixels, up to `share` of its sides; edges are repeated."""
+    batch, _, *sides = images.shape
+    most = [round(share * side) for side in sides]
+    if not any(most):
+        return images
+    rows, columns = (
+        (
+            torch.arange(side, device=images.device)
+            + torch.randint(-reach, reach + 1, (batch, 1), device=images.device)
+        ).clamp_(0, side - 1)
+        for side, reach in zip(sides, most, strict=True)
+    )  # (B, H), (B, W)
+    index = torch.arange(batch, device=images.device)
+    return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def turned(images: Tensor, turn: float) -> Tensor:
+    """Each (C, H, W) image turned by up to `turn` radians and scaled by up to 0.7 of that; edges are repeated."""
+    if turn == 0:
+        return images
+    angle, size = turn * (2 * torch.rand(2, len(images), device=images.device) - 1)
+    cos, sin, zero = angle.cos() * (1 + SCALE * size), angle.sin() * (1 + SCALE * size), torch.zeros_like(angle)
+    height, width = images.shape[-2:]
+    matrix = torch.stack((cos, -sin * height / width, zero, sin * width / height, cos, zero), dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+
+
+def augmented(images: Tensor, shift: float, turn: float) -> Tensor:
+    """Turned, then shifted."""
+    return shifted(turned(images, turn), shift)
