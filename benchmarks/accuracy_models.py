@@ -16,9 +16,11 @@ from accuracy_data import Labelled
 from torch import Tensor, nn
 
 from vitkd_fast import accelerate
+from vitkd_fast.augment import warped
 from vitkd_fast.checkpoint import load_into, read_state_dict
 from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings, ImageSpec, register
 from vitkd_fast.guard import GuardedAdamW
+from vitkd_fast.synthesis import is_due
 
 REAL_IMAGES = "real_images"  # the name of a generator while `real_images` is open, and never otherwise
 
@@ -33,7 +35,7 @@ class Augmentation:
     """Up to this share larger or smaller."""
     shift: float = 0.0
     """Up to this share of the side, in both directions."""
-    mirror: bool = False
+    flip: bool = False
     colour: float = 0.0
     """Brightness, contrast and saturation up to this share up or down."""
     erase: float = 0.0
@@ -41,7 +43,7 @@ class Augmentation:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1]; what comes in from outside the image is black."""
-        if self.rotate or self.scale or self.shift or self.mirror:
+        if self.rotate or self.scale or self.shift or self.flip:
             pixels = self._moved(pixels)
         if self.colour:
             pixels = self._coloured(pixels)
@@ -51,11 +53,11 @@ class Augmentation:
         # Offsets are in units of half a side.
         largest = pixels.new_tensor([self.rotate, self.scale, 2 * self.shift, 2 * self.shift])
         angle, scale, right, down = (_around_zero(4, len(pixels), pixels) * largest.unsqueeze(1)).unbind()
-        cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
-        side = torch.randint(2, angle.shape, device=pixels.device) * 2 - 1 if self.mirror else 1
-        matrix = torch.stack((side * cos, -sin, right, side * sin, cos, down), dim=1).view(-1, 2, 3)
-        grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
-        return F.grid_sample(pixels, grid, align_corners=False)
+        moved = warped(pixels, angle, 1 + scale, right, down, padding="zeros")
+        if not self.flip:
+            return moved
+        kept = torch.randint(2, angle.shape, device=pixels.device).bool()
+        return torch.where(kept[:, None, None, None], moved, moved.flip(-1))
 
     def _coloured(self, pixels: Tensor) -> Tensor:
         brightness, contrast, saturation = (1 + self.colour * _around_zero(3, len(pixels), pixels))[
@@ -145,7 +147,7 @@ TASKS = {
             20_000,
             512,
             1e-3,
-            Augmentation(rotate=0.2, scale=0.2, shift=0.125, mirror=True, colour=0.4, erase=0.5),
+            Augmentation(rotate=0.2, scale=0.2, shift=0.125, flip=True, colour=0.4, erase=0.5),
             cutmix=0.5,
         ),
         steps=20_000,
@@ -303,7 +305,7 @@ def train_on_labels(
             batch = torch.randint(len(data), (recipe.batch_size,), device=device)
             pixels, labels = recipe.augmentation(data.pixels(batch)), data.labels[batch]
             others, share = labels, 1.0
-            if int((step + 1) * recipe.cutmix) > int(step * recipe.cutmix):
+            if is_due(step, recipe.cutmix):
                 pixels, others, share = cut_and_mixed(pixels, labels)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 logits = model(normalised(pixels, spec)).float()

@@ -347,12 +347,12 @@ def test_real_images_are_a_generator_inside_and_unknown_outside():
 def test_augmentations_stay_in_range_and_do_what_they_are_called():
     pixels = torch.zeros(64, 3, 16, 16)
     pixels[:, :, 4:12, 2:8] = 0.8
-    strong = accuracy_models.Augmentation(rotate=0.3, scale=0.2, shift=0.1, mirror=True, colour=0.4, erase=0.5)
+    strong = accuracy_models.Augmentation(rotate=0.3, scale=0.2, shift=0.1, flip=True, colour=0.4, erase=0.5)
     changed = strong(pixels)
     assert changed.shape == pixels.shape and changed.min() >= 0 and changed.max() <= 1
     assert (changed - pixels).abs().amax((1, 2, 3)).min() > 0
     assert torch.equal(accuracy_models.Augmentation()(pixels), pixels)
-    mirrored = accuracy_models.Augmentation(mirror=True)(pixels)
+    mirrored = accuracy_models.Augmentation(flip=True)(pixels)
     flipped = [torch.allclose(one, pixels[0].flip(-1), atol=1e-5) for one in mirrored]
     assert 10 < sum(flipped) < 54
     assert all(flip or torch.allclose(one, pixels[0], atol=1e-5) for flip, one in zip(flipped, mirrored))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.guard import NonFiniteError
-from vitkd_fast.synthesis import is_replay
+from vitkd_fast.synthesis import is_due
 
 QUICK = {"batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 
@@ -306,11 +306,11 @@ def test_networks_that_do_not_fit_are_refused_before_the_run(tmp_path):
         distill(tiny_teacher(), tiny_student(), evaluate=3)
 
 
-def test_is_replay_spreads_its_share():
+def test_is_due_spreads_its_share():
     for share in (0.0, 0.25, 0.5, 0.9):
-        replayed = [is_replay(step, share) for step in range(1000)]
+        replayed = [is_due(step, share) for step in range(1000)]
         assert sum(replayed) == pytest.approx(1000 * share, abs=1) and not replayed[0]
-    assert [is_replay(step, 0.5) for step in range(4)] == [False, True, False, True]
+    assert [is_due(step, 0.5) for step in range(4)] == [False, True, False, True]
 
 
 def test_settings_in_the_report_repeat_the_run():

@@ -24,16 +24,28 @@ def shifted(images: Tensor, share: float) -> Tensor:
     return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def warped(
+    images: Tensor, angle: Tensor, scale: Tensor, right: Tensor, down: Tensor, padding: str = "border"
+) -> Tensor:
+    """Each (C, H, W) image sampled where its own turned, scaled and moved grid lies; angle … down are (B,).
+
+    `angle` is in radians, a `scale` above 1 shows more than the image, `right` and `down` are in half sides, `padding`
+    is `grid_sample`'s padding_mode.
+    """
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    height, width = images.shape[-2:]
+    matrix = torch.stack((cos, -sin * height / width, right, sin * width / height, cos, down), dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode=padding, align_corners=False)
+
+
 def turned(images: Tensor, turn: float) -> Tensor:
     """Each (C, H, W) image turned by up to `turn` radians and scaled by up to 0.7 of that; edges are repeated."""
     if turn == 0:
         return images
     angle, size = turn * (2 * torch.rand(2, len(images), device=images.device) - 1)
-    cos, sin, zero = angle.cos() * (1 + SCALE * size), angle.sin() * (1 + SCALE * size), torch.zeros_like(angle)
-    height, width = images.shape[-2:]
-    matrix = torch.stack((cos, -sin * height / width, zero, sin * width / height, cos, zero), dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+    zero = torch.zeros_like(angle)
+    return warped(images, angle, 1 + SCALE * size, zero, zero)
 
 
 def augmented(images: Tensor, shift: float, turn: float) -> Tensor:

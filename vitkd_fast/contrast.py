@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd_fast.augment import warped
 from vitkd_fast.objectives import Scene, generator_objective
 from vitkd_fast.pair import Pair
 
@@ -74,7 +75,4 @@ def cropped(images: Tensor) -> Tensor:
     batch = len(images)
     side = LEAST + (1 - LEAST) * torch.rand(batch, device=images.device)
     offset = (2 * torch.rand(2, batch, device=images.device) - 1) * (1 - side)
-    zero = torch.zeros_like(side)
-    matrix = torch.stack((side, zero, offset[0], zero, side, offset[1]), dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+    return warped(images, torch.zeros_like(side), side, offset[0], offset[1])

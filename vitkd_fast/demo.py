@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd_fast.augment import warped
 from vitkd_fast.distill import distill
 from vitkd_fast.evaluate import accuracy
 from vitkd_fast.guard import GuardedAdamW
@@ -149,7 +150,4 @@ def train_teacher(images: Tensor, labels: Tensor, batch_size: int = 64) -> nn.Mo
 def jittered(images: Tensor) -> Tensor:
     """Each (1, 8, 8) image turned by up to 0.15 rad, scaled by up to 10 % and moved by up to 0.6 pixels."""
     angle, scale, *offset = (2 * torch.rand(4, len(images)) - 1) * torch.tensor([[0.15], [0.1], [0.15], [0.15]])
-    cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
-    matrix = torch.stack((cos, -sin, offset[0], sin, cos, offset[1]), dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # the paper is at -1 and grid_sample pads with 0
+    return warped(images + 1, angle, 1 + scale, offset[0], offset[1], padding="zeros") - 1  # the paper is at -1

@@ -212,6 +212,16 @@ register(
         },
     )
 )
+INVERSION = {  # a batch of pixels learned anew in each round, into the pool that the student learns from
+    "generator": "pixels",
+    "generator_steps": 100,
+    "student_steps": 50,
+    "restart": "round",
+    "conditional": True,
+    "images": "pool",
+    "temperature": 4.0,
+    "generator_lr": 0.2,
+}
 register(
     Method(
         "deepinversion",
@@ -220,17 +230,10 @@ register(
         "the generator_objectives. Ours: 100 steps per batch (theirs 2,000 to 20,000), 50 of the student (they "
         "publish none), our weights.",
         {
-            "generator": "pixels",
+            **INVERSION,
             "generator_objectives": {"asked": 1.0, "total_variation": 1.0, "feature_statistics": 1.0},
-            "generator_steps": 100,
-            "student_steps": 50,
-            "restart": "round",
-            "conditional": True,
-            "images": "pool",
             "jitter": 0.125,
             "disagreement": "js",
-            "temperature": 4.0,
-            "generator_lr": 0.2,
         },
     )
 )
@@ -241,16 +244,9 @@ register(
         "total variation. They calibrate a quantised model; the student is ours, and so are 100 steps per batch "
         "(theirs 1,000), a total variation that is minimised (theirs is drawn to a random value), our weights.",
         {
-            "generator": "pixels",
+            **INVERSION,
             "generator_objectives": {"asked": 1.0, "patch_entropy": 1.0, "total_variation": 1.0},
-            "generator_steps": 100,
-            "student_steps": 50,
-            "restart": "round",
-            "conditional": True,
-            "images": "pool",
             "jitter": 0.125,
-            "temperature": 4.0,
-            "generator_lr": 0.2,
         },
     )
 )
@@ -263,16 +259,9 @@ register(
         "the student, like the teacher that labels for it, sees whole images with the dropped patches blank, where "
         "theirs see fewer tokens.",
         {
-            "generator": "pixels",
+            **INVERSION,
             "generator_objectives": {"asked": 1.0, "total_variation": 1.0},
-            "generator_steps": 100,
-            "student_steps": 50,
-            "restart": "round",
-            "conditional": True,
-            "images": "pool",
             "keep_patches": 0.24,
-            "temperature": 4.0,
-            "generator_lr": 0.2,
         },
     )
 )

@@ -6,7 +6,11 @@ An objective of your own is one registered function of a `Scene`, or an nn.Modul
     def uncertain(scene):
         return -F.softmax(scene.student.logits, dim=-1).amax(-1).mean()
 
-and then `distill(…, generator_objectives={"uncertain": 0.1})`.
+and then `distill(…, generator_objectives={"uncertain": 0.1})`. A module may also have
+
+- `off`: why it has nothing to measure on this pair, or None;
+- of a generator's: `watching()`, a context in which the teacher looks at the images, for hooks of its own, and
+  `end_round()`, called after the last step of a round.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -127,23 +131,22 @@ class Terms:
 
         `labels` says that the generator is asked for classes.
         """
-        chosen = []
-        for name in (name for name, weight in weights.items() if weight):
-            missing = pair.missing(registry[name].needs, student=registry is STUDENT_OBJECTIVES)
-            if "labels" in registry[name].needs and not labels:
-                missing = "images have no labels, unless conditional=True asks the generator for classes"
-            if missing is None:
-                chosen.append(registry[name])
-            else:
-                pair.notes.append(f"{name} is off: {missing}")
+        chosen: list[Objective] = []
         functions: dict[str, Function] = {}
-        modules = nn.ModuleList()
-        for objective in chosen:
-            if isinstance(objective.function, type):
-                functions[objective.name] = module = objective.function(pair).to(pair.device)
-                modules.append(module)
+        for objective in (registry[name] for name, weight in weights.items() if weight):
+            function: Any = objective.function
+            missing = pair.missing(objective.needs, student=registry is STUDENT_OBJECTIVES)
+            if "labels" in objective.needs and not labels:
+                missing = "images have no labels, unless conditional=True asks the generator for classes"
+            if missing is None and isinstance(function, type):
+                function = function(pair).to(pair.device)
+                missing = getattr(function, "off", None)
+            if missing is None:
+                chosen.append(objective)
+                functions[objective.name] = function
             else:
-                functions[objective.name] = objective.function
+                pair.notes.append(f"{objective.name} is off: {missing}")
+        modules = nn.ModuleList(function for function in functions.values() if isinstance(function, nn.Module))
         return cls(chosen, {one.name: weights[one.name] for one in chosen}, functions, modules)
 
     @property

@@ -1,15 +1,7 @@
-"""Where the student's images come from: rounds in which a generator is improved, and a pool of what it made.
-
-An objective that is an nn.Module may have, besides `forward`,
-
-- `off`: why it has nothing to measure on this teacher, or None;
-- `watching()`: a context in which the teacher looks at the images, for hooks of its own;
-- `end_round()`: called after the last step of a round.
-"""
+"""Where the student's images come from: rounds in which a generator is improved, and a pool of what it made."""
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +30,7 @@ class Synthesis:
 
     def __init__(self, pair: Pair, terms: Terms, config: Config, autocast: Autocast) -> None:
         _check(config)
-        self.pair, self.terms, self.config, self.autocast = pair, _without_idle(terms, pair), config, autocast
+        self.pair, self.terms, self.config, self.autocast = pair, terms, config, autocast
         settings = GeneratorSettings(
             config.latent, config.width, pair.classes if config.conditional else 0, config.batch_size
         )
@@ -98,7 +90,7 @@ class Synthesis:
             images = self.pool.sample(config.batch_size)
         elif config.images == "round" and self.images is not None:
             images = self.images
-        elif is_replay(step, config.replay):
+        elif is_due(step, config.replay):
             images = self.pool.sample(config.batch_size)
         else:
             images = self.generator.sample(config.batch_size)
@@ -190,8 +182,8 @@ def rolled(images: Tensor, share: float) -> Tensor:
     return images
 
 
-def is_replay(step: int, share: float) -> bool:
-    """Whether this step is a replayed one: evenly spread, `share` of all, never the first."""
+def is_due(step: int, share: float) -> bool:
+    """Whether this step is one of a share of all steps: evenly spread, never the first."""
     return int((step + 1) * share) > int(step * share)
 
 
@@ -213,21 +205,6 @@ def _check(config: Config) -> None:
         )
     if config.keep_patches < 1 and config.restart != "round":
         raise ValueError(f"keep_patches is {config.keep_patches}, which goes with restart='round'.")
-
-
-def _without_idle(terms: Terms, pair: Pair) -> Terms:
-    """Without the objectives that have nothing to measure; the pair's notes say why."""
-    idle = {name: off for name, module in terms.functions.items() if (off := getattr(module, "off", None))}
-    if not idle:
-        return terms
-    pair.notes.extend(f"{name} is off: {off}" for name, off in idle.items())
-    return replace(
-        terms,
-        objectives=[one for one in terms.objectives if one.name not in idle],
-        weights={name: weight for name, weight in terms.weights.items() if name not in idle},
-        functions={name: function for name, function in terms.functions.items() if name not in idle},
-        modules=nn.ModuleList(module for module in terms.modules if not getattr(module, "off", None)),
-    )
 
 
 def _patches(pair: Pair, config: Config) -> LivePatches | None:
