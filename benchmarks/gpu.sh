@@ -6,13 +6,13 @@
 #
 # It uses the python3 it finds (PYTHON=... for another), with its torch, triton and pytest. Logs, JSON records and the
 # summary go to VITKD_OUT (default: benchmarks/results). A failed stage does not stop the later ones, but the exit
-# status. Stages, all by default: gpu_tests sanitize attention kd_loss attention_graph kd_loss_graph sweep tune models
-# choose. What must not be missed comes first; sweep and models take what time is left. --rehearse does what can be done
-# without a GPU.
+# status. Stages, all by default: gpu_tests sanitize attention kd_loss attention_graph kd_loss_graph profile sweep tune
+# models choose. What must not be missed comes first; sweep and models take what time is left. VITKD_LIMIT=300 gives all
+# of it 300 seconds. --rehearse does what can be done without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-ALL=(gpu_tests sanitize attention kd_loss attention_graph kd_loss_graph sweep tune models choose)
+ALL=(gpu_tests sanitize attention kd_loss attention_graph kd_loss_graph profile sweep tune models choose)
 REHEARSE=0
 STAGES=()
 for argument; do
@@ -31,7 +31,7 @@ OUT=${VITKD_OUT:-benchmarks/results}
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
 SECONDS=0
-LIMIT=575  # of all stages together, in seconds; the last one, choose, has 15 more
+LIMIT=${VITKD_LIMIT:-575}  # of all stages together, in seconds; the last one, choose, has 15 more
 if ((REHEARSE)); then
   LIMIT=1800
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}  # as on a machine with a Hopper, not one build per chip
@@ -120,9 +120,11 @@ if broken and $REHEARSE == 0:
 }
 
 gpu_tests() {
-  local workers=()  # most of the time goes into compiling Triton kernels, on the CPU
-  if "$PYTHON" -c "import xdist" 2> /dev/null; then workers=(-n 4); fi
-  "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --junitxml="$OUT/gpu_tests.xml" "${workers[@]}" || return
+  local files workers=()
+  mapfile -t files < <(grep -rl --include "test_*.py" "mark\.gpu" tests)  # what others import may not be here
+  # Most of the time goes into compiling Triton kernels, on the CPU.
+  if "$PYTHON" -c "import xdist" 2> /dev/null; then workers=(-n 10); fi
+  "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --junitxml="$OUT/gpu_tests.xml" "${workers[@]}" "${files[@]}" || return
   "$PYTHON" - "$OUT/gpu_tests.xml" "$REHEARSE" << 'END'
 import sys
 import xml.etree.ElementTree as ET
@@ -166,6 +168,21 @@ benchmark() {
   "$PYTHON" "benchmarks/$1.py" --out "$OUT" --limit $((STAGE_SECONDS - 20)) "${@:2}"
 }
 
+# What the hardware's counters say of every kernel at the issue's shapes; Nsight Compute where it is.
+profile() {
+  local program
+  program=$(command -v ncu || ls /usr/local/cuda/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2> /dev/null | head -n 1)
+  if [[ -z $program ]]; then
+    echo "ncu was not found on PATH, in /usr/local/cuda or in /opt/nvidia/nsight-compute"
+    return 1
+  fi
+  "$program" --clock-control none --nvtx --nvtx-include "measured/" --section SpeedOfLight --section Occupancy \
+    --section WarpStateStats --section SchedulerStats --section MemoryWorkloadAnalysis \
+    --section MemoryWorkloadAnalysis_Tables --section InstructionStats --section LaunchStats \
+    "$PYTHON" benchmarks/profiled.py --device cuda > "$OUT/profile.txt" || { tail -n 3 "$OUT/profile.txt"; return 1; }
+  grep '^profiled' "$OUT/profile.txt"
+}
+
 choose() {  # from this run's records, not from what was here before
   local records=("$OUT"/attention-*.json "$OUT"/attention_sweep-*.json "$OUT"/kd_loss-*.json) found=()
   for path in "${records[@]}"; do
@@ -174,7 +191,7 @@ choose() {  # from this run's records, not from what was here before
   "$PYTHON" benchmarks/choose.py "${found[@]}" --out "$OUT/choice.json"
 }
 
-export -f environment build doctor gpu_tests sanitizer sanitize benchmark choose
+export -f environment build doctor gpu_tests sanitizer sanitize benchmark profile choose
 export PYTHON OUT REHEARSE
 
 stage environment 60 bash -c environment
@@ -224,6 +241,7 @@ else
     stage kd_loss_graph 45 bash -c \
       "benchmark kd_loss --device cuda --seconds 0.15 --rounds 2 --graph --shapes 256,10 256,1000 4096,1000"
   fi
+  if wanted profile; then stage profile 60 bash -c profile; fi
   if wanted sweep; then stage sweep 90 bash -c "benchmark sweep --device cuda"; fi
   if wanted tune; then  # every candidate tile is compiled and measured once
     stage tune 60 bash -c \

@@ -74,9 +74,11 @@ def test_every_method_distils_networks_that_are_no_vits(method):
         assert any(note.startswith("keep_patches is off: the teacher is not a ViT") for note in result.report.notes)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_in_bfloat16(method):
-    assert_finite(distill(*vits(), method=method, steps=5, precision="bfloat16", **ROUND, **QUICK))
+def test_every_method_runs_in_bfloat16(method, device):
+    teacher, student = (network.to(device) for network in vits())
+    assert_finite(distill(teacher, student, method=method, steps=5, precision="bfloat16", **ROUND, **QUICK))
 
 
 @pytest.mark.parametrize("method", METHODS)
