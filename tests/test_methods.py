@@ -114,6 +114,26 @@ def test_the_host_reads_nothing_within_rounds(method, pair, monkeypatch):
     assert reads == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_waits_for_a_gpu_within_rounds(method):
+    """Rounds begin at steps 0, 4, 8 and 12; what is set up at a first call is set up in the first of them."""
+    teacher, student = (network.cuda() for network in vits())
+    steps = []
+
+    def hook(module, args):
+        if module.training:
+            steps.append(1)
+            torch.cuda.set_sync_debug_mode("error" if 6 < len(steps) < 14 else "default")
+
+    student.head.register_forward_pre_hook(hook)
+    try:
+        distill(teacher, student, method=method, steps=15, **ROUND, **{**QUICK, "log_every": 100})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 15
+
+
 def test_a_method_says_where_it_is_from_and_decides_what_base_lists():
     assert METHODS.keys() == {
         *("best", "vitkd", "dafl", "zskt", "dfad", "cmi", "fast", "nayer", "deepinversion", "psaq", "smi", "noise")

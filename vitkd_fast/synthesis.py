@@ -35,8 +35,8 @@ class Synthesis:
             config.latent, config.width, pair.classes if config.conditional else 0, config.batch_size
         )
         kind = GENERATORS[config.generator]
-        made = [kind(pair.spec, settings).to(pair.device) for _ in range(config.generators)]
-        self.generator: Generator = made[0] if config.generators == 1 else Several(made)
+        made = [kind(pair.spec, settings) for _ in range(config.generators)]
+        self.generator: Generator = (made[0] if config.generators == 1 else Several(made)).to(pair.device)
         self.pool = ReplayPool(config.pool, self.generator)
         self.patches = _patches(pair, config)
         self.latent = nn.Parameter(torch.zeros(config.batch_size, config.latent, device=pair.device))

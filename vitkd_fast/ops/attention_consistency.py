@@ -1,5 +1,6 @@
 """Attention must follow the image: flipped, shifted or cropped, what was looked at before is looked at still."""
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -56,14 +57,19 @@ class Transform(ABC):
 
     def patches(self, grid: tuple[int, int]) -> tuple[list[int], list[int], int]:
         """Patches that stay in the image: their numbers before and after, row by row; and how many there are after."""
-        rows, columns = self.axes(grid, (1, 1))
-        pairs = [
-            (row * grid[1] + column, y * len(columns) + x)
-            for y, row in enumerate(rows)
-            for x, column in enumerate(columns)
-            if row is not None and column is not None
-        ]
-        return [before for before, _ in pairs], [after for _, after in pairs], len(rows) * len(columns)
+        (rows, new_rows), (columns, new_columns), size = self.kept(grid)
+        before = [row * grid[1] + column for row in rows for column in columns]
+        after = [row * size[1] + column for row in new_rows for column in new_columns]
+        return before, after, size[0] * size[1]
+
+    def kept(self, grid: tuple[int, int]) -> tuple[tuple[list[int], ...], tuple[list[int], ...], tuple[int, int]]:
+        """Rows that stay in the image, their numbers before and after; columns alike; and the grid after."""
+        axes = self.axes(grid, (1, 1))
+        rows, columns = (
+            ([old for old in axis if old is not None], [new for new, old in enumerate(axis) if old is not None])
+            for axis in axes
+        )
+        return rows, columns, (len(axes[0]), len(axes[1]))
 
 
 @dataclass(frozen=True)
@@ -182,27 +188,37 @@ def attention_consistency(
     check_choice("queries", queries, Queries)
     check_choice("reduction", reduction, Reduction)
     check_dtypes_and_devices(attention=attention, transformed_attention=transformed_attention)
-    before, after, count = transform.patches(grid)
+    rows, columns, size = transform.kept(grid)
     _check("attention", attention, prefix_tokens, grid[0] * grid[1])
-    _check("transformed_attention", transformed_attention, prefix_tokens, count)
+    _check("transformed_attention", transformed_attention, prefix_tokens, size[0] * size[1])
     if len(attention) != len(transformed_attention):
         raise ValueError(
             f"attention has {len(attention)} images and transformed_attention {len(transformed_attention)}; they must "
             f"be the same images."
         )
-    if not before:
+    if not (rows[0] and columns[0]):
         raise ValueError(f"{transform} leaves none of {grid[0]}×{grid[1]} patches in the image.")
     if queries == "prefix" and prefix_tokens == 0:
         raise ValueError('queries is "prefix", but prefix_tokens is 0; ask the "patches", or say how many there are.')
     dtype = precise_dtype(attention, transformed_attention)
     saliencies = []
     with without_autocast(attention.device):
-        for side, places in ((attention, before), (transformed_attention, after)):
-            keys = torch.tensor(places, device=side.device) + prefix_tokens
+        sides = (attention, transformed_attention), rows, columns, (grid[1], size[1])
+        for side, down, across, width in zip(*sides, strict=True):
+            first = _numbers(down, side.device) * width + prefix_tokens  # of each row
+            keys = (first.unsqueeze(1) + _numbers(across, side.device)).flatten()
             asked = keys if queries == "patches" else torch.arange(prefix_tokens, device=side.device)
             saliencies.append(log_saliency(side.to(dtype), asked, keys, scale))
         losses = attention_consistency_formula(*saliencies)
     return reduced(losses, reduction)
+
+
+def _numbers(places: Sequence[int], device: torch.device) -> Tensor:
+    """Evenly spaced ones are counted on the device: a GPU would be waited for to take a copy."""
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if step and all(later - place == step for place, later in itertools.pairwise(places)):
+        return torch.arange(places[0], places[-1] + step, step, device=device)
+    return torch.tensor(places, device=device)
 
 
 def _check(name: str, attention: Tensor, prefix_tokens: int, patches: int) -> None:
