@@ -99,7 +99,7 @@ def taken_by(ops):
 def chosen_for(size: tuple[int, int], name: str) -> str:
     """The contender that `vitkd_fast.ops.kd_loss` is, on this GPU."""
     ranges = choice.kd_loss(torch.device("cuda", torch.cuda.current_device()), DTYPES[name])
-    found = next(each.name for each in ranges if each.most is None or size[1] <= each.most)
+    found = next(name for most, name, _ in ranges if most is None or size[1] <= most)
     return f"vitkd {found}"
 
 

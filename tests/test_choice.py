@@ -74,7 +74,7 @@ def test_without_a_measurement_there_is_a_default_that_says_so(pretend):
     assert names(torch.bfloat16, 128, 112, 113) == ["native", "sdpa"]
     assert fallback_reason("cuda:0", torch.bfloat16, 64, 197) is None
     assert fallback_reason("cuda:0", torch.bfloat16, 64, 577) == "more than 208 tokens (default, not measured)"
-    assert [each.name for each in choice.kd_loss(CUDA, torch.float32)] == ["native"]
+    assert [name for _, name, _ in choice.kd_loss(CUDA, torch.float32)] == ["native"]
 
 
 def test_a_measured_gpu_goes_by_its_table(pretend):
@@ -89,7 +89,7 @@ def test_a_measured_gpu_goes_by_its_table(pretend):
     assert fallback_reason(CUDA, torch.float16, 64, 401) == "tokens above 400 (measured)"
     assert names(torch.bfloat16, 48, 50, 577) == ["native", "sdpa"]  # neither this width
     assert names(torch.float32, 64, 50, 577) == ["native", "sdpa"]  # nor this dtype was measured
-    assert [each.name for each in choice.kd_loss(CUDA, torch.float16)] == ["native", "triton"]
+    assert [name for _, name, _ in choice.kd_loss(CUDA, torch.float16)] == ["native", "triton"]
     text = str(doctor())
     assert "native: 58 to 400 tokens (measured); sdpa: tokens above 400 (measured)" in text
     assert "any other head_dim" in text and "(default, not measured)" in text
@@ -110,7 +110,7 @@ def test_the_wish_overrides_default_and_table(pretend, wish):
     )
     for head_dim in (32, 64):
         assert names(torch.bfloat16, head_dim, 50, 577) == [wish, wish]
-    assert [each.name for each in choice.kd_loss(CUDA, torch.bfloat16)] == ["native" if wish == "sdpa" else wish]
+    assert [name for _, name, _ in choice.kd_loss(CUDA, torch.bfloat16)] == ["native" if wish == "sdpa" else wish]
 
 
 def test_kernels_that_are_not_there_are_replaced(pretend):

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -43,12 +43,9 @@ if WISH not in ("", *get_args(Name)):
     WISH = ""
 
 
-class Range(NamedTuple):
-    """What computes an op up to a size: tokens of attention, classes of a loss; None is any size."""
-
-    most: int | None
-    name: Name
-    reason: str
+# What computes an op up to a size, and why: (tokens of attention or classes of a loss, None being any; name; reason).
+# Plain tuples: Dynamo of torch 2.11 cannot unpack a named one that is part of a constant function's result.
+Range = tuple[int | None, Name, str]
 
 
 def dtype_class(dtype: torch.dtype) -> str:
@@ -150,7 +147,7 @@ def _range(most: int | None, wanted: str, reason: str) -> Range:
     there = backends.cuda_kernels()
     name: Name = next((name for name in get_args(Name) if name == wanted), "sdpa")
     if name == "sdpa" or name in there:
-        return Range(most, name, reason)
+        return most, name, reason
     if not there:
-        return Range(most, "sdpa", "no CUDA kernels here")
-    return Range(most, there[0], f"{reason}; there is no {name}")
+        return most, "sdpa", "no CUDA kernels here"
+    return most, there[0], f"{reason}; there is no {name}"
