@@ -91,14 +91,18 @@ class GuardedAdamW:
         for group in self.optimizer.param_groups:
             group["lr"] = one_cycle(progress, group["peak"])
         self.optimizer.zero_grad()
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # else a GPU's nodes wait for a thread of their own
+            loss.backward()
         norm = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
         bad = self.ledger.add(values | {self.gradient: norm})
         self.optimizer.found_inf = bad
         self.optimizer.grad_scale = (norm / self.clip).clamp_(min=1) if self.clip else None
         self.optimizer.step()
-        for buffer, kept in zip(self.buffers, self.kept_buffers, strict=True):
-            kept.copy_(buffer.copy_(torch.where(bad > 0, kept, buffer)))
+        if self.buffers:
+            back = bad > 0
+            pairs = zip(self.kept_buffers, self.buffers, strict=True)
+            self.kept_buffers = [torch.where(back, kept, buffer) for kept, buffer in pairs]
+            torch._foreach_copy_(self.buffers, self.kept_buffers)
 
 
 def one_cycle(progress: float, peak: float) -> float:

@@ -3,13 +3,18 @@
 import copy
 import os
 import pickle
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch.nn.functional as F
 from testing_rules import assert_native, needs_native
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vitkd_fast import backends
 from vitkd_fast.ops import attention, kd_loss
@@ -147,6 +152,78 @@ class TestCompile:
         targets = [str(node.target) for node in program.graph.nodes]
         assert "vitkd.attention.default" in targets
         assert "vitkd.kd_loss.default" in targets
+
+
+STUDENT, TEACHER = logits()
+STEPS = {  # a function of one tensor, and the tensor
+    "attention": (attention, packed(2, 17, 3, 2, 16)),
+    "kd_loss": (lambda student: kd_loss(student, TEACHER, temperature=4.0), STUDENT),
+    "kd_loss rows": (lambda student: kd_loss(student, TEACHER, reduction="none"), STUDENT),
+}
+
+
+def step(name):
+    function, x = STEPS[name]
+    return function, x.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("name", STEPS)
+class TestEager:
+    """Real tensors in eager mode take a shorter way, which nothing that looks at ops may notice."""
+
+    def test_the_general_way_is_not_taken(self, name):
+        """Its Python, torch's and ours, costs the host more than a kernel takes."""
+        function, x = step(name)
+        files = set()
+        for leaf in (x.detach(), x):
+            sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename))
+            try:
+                result = function(leaf).sum()
+            finally:
+                sys.setprofile(None)
+        sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename))
+        try:
+            result.backward()
+        finally:
+            sys.setprofile(None)
+        names = {"/".join(Path(file).parts[-2:]) for file in files}
+        assert f"ops/{name.partition(' ')[0]}.py" in names
+        assert "_library/autograd.py" not in names
+
+    def test_its_gradients_are_those_of_the_general_way(self, name):
+        function, x = step(name)
+        out = function(x)
+        grad_out = packed(*out.shape)
+        (grad,) = torch.autograd.grad(out, x, grad_out)
+        wrapped = x.detach().as_subclass(type("Wrapped", (torch.Tensor,), {})).requires_grad_()
+        general = function(wrapped)
+        assert general.grad_fn.name() != out.grad_fn.name()
+        (expected,) = torch.autograd.grad(general, wrapped, grad_out)
+        for result, value in ((out, general), (grad, expected)):
+            torch.testing.assert_close(result, value.as_subclass(torch.Tensor))
+
+    def test_traces_hold_the_ops(self, name):
+        function, x = step(name)
+        op = name.partition(" ")[0]
+
+        def gradient(leaf):
+            return torch.autograd.grad(function(leaf).sum(), leaf)
+
+        targets = [str(node.target) for node in make_fx(gradient)(x).graph.nodes]
+        assert f"vitkd.{op}.default" in targets
+        assert op != "attention" or "vitkd.attention_backward.default" in targets
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
+            traced = torch.jit.trace(function, (x,), check_trace=False)
+        assert f"vitkd::{op}" in str(traced.inlined_graph)
+
+    def test_backward_compiles_after_an_eager_forward(self, name):
+        function, x = step(name)
+        (expected,) = torch.autograd.grad(function(x).sum(), x)
+        loss = function(x).sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            loss.backward()
+        assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import autocast_dtype, define, differentiate, forbid_double_backward
+from vitkd_fast.ops._library import Below, autocast_dtype, define, differentiate, forbid_double_backward, is_plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 128  # of the fused kernels; wider heads go to torch's scaled_dot_product_attention
@@ -57,6 +57,25 @@ def _backward(ops, ctx, grad_out):
     return ops.attention_backward(grad_out, qkv, ctx.scale), None, None
 
 
+class _Attention(torch.autograd.Function):
+    """The same node for eager mode: nothing between torch and the kernels that has not to be."""
+
+    @staticmethod
+    def forward(ctx, qkv, ops, scale, bfloat16):
+        ctx.save_for_backward(qkv)
+        ctx.ops, ctx.scale = ops, scale
+        with Below():
+            return ops.attention(qkv, scale, bfloat16)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        (qkv,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain(grad_out):  # create_graph, or traced
+            return ctx.ops.attention_backward(grad_out, qkv, ctx.scale), None, None, None
+        with Below():
+            return ctx.ops.attention_backward(grad_out, qkv, ctx.scale), None, None, None
+
+
 differentiate("attention", _backward, _setup_context)
 forbid_double_backward("attention_backward")
 
@@ -87,10 +106,16 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     if name == "sdpa":
         query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-    if qkv.device.type == "cpu" and (qkv.dtype, dtype) == (torch.float32, torch.bfloat16):
-        return torch.ops.vitkd.attention(qkv, scale, True)
+    bfloat16 = dtype is torch.bfloat16 and qkv.dtype is torch.float32 and qkv.device.type == "cpu"
+    if qkv.dtype is not dtype and not bfloat16:
+        qkv = qkv.to(dtype)
     ops = torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
-    return ops.attention(qkv.to(dtype), scale)
+    if not is_plain(qkv):
+        return ops.attention(qkv, scale, bfloat16)
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return _Attention.apply(qkv, ops, scale, bfloat16)
+    with Below():
+        return ops.attention(qkv, scale, bfloat16)
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[choice.Name, str]:
@@ -118,10 +143,11 @@ def fallback_reason(device: torch.device | str, dtype: torch.dtype, head_dim: in
 
 
 def _check(qkv: Tensor) -> None:
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[1:]:
+    shape = qkv.shape
+    if len(shape) != 5 or shape[2] != 3 or 0 in shape[1:]:
         raise ValueError(
             f"qkv must be (batch, tokens, 3, heads, head_dim) with at least one token, head and channel; got shape "
-            f"{tuple(qkv.shape)}. From a (B, N, 3*C) linear: qkv.view(B, N, 3, heads, C // heads)."
+            f"{tuple(shape)}. From a (B, N, 3*C) linear: qkv.view(B, N, 3, heads, C // heads)."
         )
     if qkv.dtype not in DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

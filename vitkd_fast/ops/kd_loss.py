@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import define, differentiate
+from vitkd_fast.ops._library import Below, define, differentiate, is_plain
 
 Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
 Reduction = Literal["batchmean", "none"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # the order is the kernels' enum
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -123,14 +124,17 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _scaled(ctx, factor: Tensor | None) -> list[Tensor | None]:
+def _scaled(ctx, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The saved gradients where they are needed, times `factor` unless it is None."""
-    grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+    student, teacher = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    return _times(student, factor) if needed[0] else None, _times(teacher, factor) if needed[1] else None
+
+
+def _times(grad: Tensor, factor: Tensor | None) -> Tensor:
     if factor is not None:
-        grads = [None if grad is None else (grad * factor).to(grad.dtype) for grad in grads]
-    if torch.is_grad_enabled():  # create_graph
-        grads = [None if grad is None else _Once.apply(grad) for grad in grads]
-    return grads
+        grad = (grad * factor).to(grad.dtype)
+    return _Once.apply(grad) if torch.is_grad_enabled() else grad  # where create_graph asks for a graph
 
 
 def _backward(ops, ctx, grad_rows, *_):
@@ -139,25 +143,37 @@ def _backward(ops, ctx, grad_rows, *_):
     return *_scaled(ctx, (grad_rows / ctx.weight).unsqueeze(1)), None, None, None, None, None
 
 
-class _Mean(torch.autograd.Function):
-    """The mean over rows as one node, with its 1 / B in the gradients from the start: where looking costs nothing and
-    the upstream gradient is 1, backward hands them out as they are, and no second pass over them is needed."""
+class _Loss(torch.autograd.Function):
+    """Rows or their mean as one node for eager mode: nothing between torch and the kernels that has not to be.
+
+    A mean's 1 / B is in the gradients from the start: where looking costs nothing and the upstream gradient is 1,
+    backward hands them out as they are, and no second pass over them is needed.
+    """
 
     @staticmethod
-    def forward(ctx, student, teacher, kind, temperature):
-        # float16 might lose a gradient divided by B to underflow, before a loss scale makes up for it
-        share = 1 / max(len(student), 1)
-        weight = 1.0 if student.dtype is torch.float16 else share
-        ctx.rest = share / weight
-        wanted = ctx.needs_input_grad[:2]
-        rows, *grads = _ops(student).kd_loss(student, teacher, kind, temperature, *wanted, weight)
-        ctx.save_for_backward(*grads)
-        return rows.mean()
+    def forward(ctx, student, teacher, ops, kind, temperature, mean):
+        ctx.mean = mean
+        ctx.rest = weight = 1.0
+        if mean:
+            # float16 might lose a gradient divided by B to underflow, before a loss scale makes up for it
+            share = 1 / max(student.shape[0], 1)
+            if student.dtype is torch.float16:
+                ctx.rest = share
+            else:
+                weight = share
+        with Below():
+            rows, *grads = ops.kd_loss(student, teacher, kind, temperature, *ctx.needs_input_grad[:2], weight)
+            ctx.save_for_backward(*grads)
+            return rows.mean() if mean else rows
 
     @staticmethod
     def backward(ctx, grad):
-        unchanged = ctx.rest == 1 and _is_one(grad)
-        return *_scaled(ctx, None if unchanged else grad * ctx.rest), None, None
+        factor = grad if ctx.mean else grad.unsqueeze(1)
+        if ctx.rest != 1:
+            factor = factor * ctx.rest
+        elif ctx.mean and _is_one(grad):
+            factor = None
+        return *_scaled(ctx, factor), None, None, None, None
 
 
 def _ops(logits: Tensor):
@@ -170,8 +186,8 @@ def _ops(logits: Tensor):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Looks only where looking costs nothing: on the CPU, and at a real tensor."""
-    return type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
+    """Looks only where looking costs nothing: on the CPU, and at a real tensor whose ops nobody records."""
+    return grad.is_cpu and is_plain(grad) and not torch._C._len_torch_dispatch_stack() and grad.item() == 1
 
 
 differentiate("kd_loss", _backward, _setup_context)
@@ -205,21 +221,29 @@ def kd_loss(
         TypeError, RuntimeError: a dtype that is none of the above, logits on different devices.
     """
     _check(student_logits, teacher_logits, kind, temperature, reduction)
-    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
-    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
+    student, teacher, dtype = student_logits, teacher_logits, student_logits.dtype
+    if teacher.dtype is not dtype:
+        dtype = torch.promote_types(dtype, teacher.dtype)
+        student, teacher = student.to(dtype), teacher.to(dtype)
     if dtype is torch.float64 and student.is_cuda:  # the CUDA kernels have no float64
         rows = kd_rows_formula(student, teacher, kind, temperature)
     else:
-        wanted = [torch.is_grad_enabled() and logits.requires_grad for logits in (student, teacher)]
-        arguments = KINDS.index(kind), float(temperature)
-        if any(wanted) and reduction == "batchmean" and not torch.compiler.is_compiling():
-            return _Mean.apply(student, teacher, *arguments)
-        rows, _, _ = _ops(student).kd_loss(student, teacher, *arguments, *wanted)
+        enabled = torch.is_grad_enabled()
+        wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
+        ops, number, temperature = _ops(student), KINDS.index(kind), float(temperature)
+        if not is_plain(student, teacher):
+            rows, _, _ = ops.kd_loss(student, teacher, number, temperature, *wanted)
+        elif wanted[0] or wanted[1]:
+            return _Loss.apply(student, teacher, ops, number, temperature, reduction == "batchmean")
+        else:
+            with Below():
+                rows, _, _ = ops.kd_loss(student, teacher, number, temperature, False, False)
     return rows.mean() if reduction == "batchmean" else rows
 
 
 def _check(student: Tensor, teacher: Tensor, kind: str, temperature: float, reduction: str) -> None:
-    if student.dim() != 2 or student.shape != teacher.shape or student.shape[1] == 0:
+    shape = student.shape
+    if len(shape) != 2 or shape != teacher.shape or shape[1] == 0:
         raise ValueError(
             f"student_logits and teacher_logits must both be (batch, classes) with at least one class; got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}."
@@ -234,8 +258,8 @@ def _check(student: Tensor, teacher: Tensor, kind: str, temperature: float, redu
         )
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}.")
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction is {reduction!r}; accepted: {', '.join(get_args(Reduction))}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; accepted: {', '.join(REDUCTIONS)}.")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0.")
     if kind in ("l1", "mse") and temperature != 1:
