@@ -76,16 +76,36 @@ def _dot(a, b):
 
 
 @triton.jit
+def _scores(a, b, NEGATIVE: tl.constexpr):
+    """a @ bᵀ, not scaled yet, the sign turned where the scale is negative, so that the largest weighs most."""
+    scores = _dot(a, tl.trans(b))
+    if NEGATIVE:
+        scores = -scores
+    return scores
+
+
+@triton.jit
 def _finite(row_max):
-    """What to subtract before exp2: a row that has met only -inf so far must not turn into -inf - -inf."""
+    """What to subtract from scores: a row that has met only -inf so far must not turn into -inf - -inf."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def _exp(differences, log2_scale):
+    """e^(scale * (score - maximum)).
+
+    The difference is taken before it is scaled. A product score * log2_scale of 1e4 is rounded by up to 5e-4, unless
+    the compiler fuses it with the subtraction, which it does in one kernel and not in another: their weights disagree.
+    """
+    return tl.exp2(differences * log2_scale)
 
 
 @triton.jit(do_not_specialize=_SIZES + _STRIDES)
 def _forward_kernel(
     qkv, out, log2_scale, tokens, heads,
     batch_units, token_units, part_units, head_units,
-    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NEGATIVE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, _, batch, head = _locate(tl.cdiv(tokens, BLOCK_Q), heads)
     dims = tl.arange(0, BLOCK_D)
@@ -101,11 +121,11 @@ def _forward_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         key = _load(key_base, columns, dims, stride_token, tokens, HEAD_DIM)
         value = _load(value_base, columns, dims, stride_token, tokens, HEAD_DIM)
-        scores = _dot(query, tl.trans(key)) * log2_scale
+        scores = _scores(query, key, NEGATIVE)
         scores = tl.where((columns < tokens)[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        weights = tl.exp2(scores - _finite(new_max)[:, None])
-        rescale = tl.exp2(row_max - _finite(new_max))
+        weights = _exp(scores - _finite(new_max)[:, None], log2_scale)
+        rescale = _exp(row_max - _finite(new_max), log2_scale)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         mixed = mixed * rescale[:, None] + _dot(weights.to(value.dtype), value)
         row_max = new_max
@@ -118,7 +138,8 @@ def _forward_kernel(
 def _backward_head_kernel(
     grad_out, qkv, grad_qkv, scale, log2_scale, tokens, heads,
     batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
-    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NEGATIVE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program is one head: BLOCK_K >= tokens, so a query's scores are all here and need no saved statistics.
 
@@ -144,9 +165,9 @@ def _backward_head_kernel(
         rows = start + tl.arange(0, BLOCK_Q)
         query = _load(query_base, rows, dims, stride_token, tokens, HEAD_DIM)
         grad_mixed = _load(grad_out_base, rows, dims, grad_stride_token, tokens, HEAD_DIM)
-        scores = _dot(key, tl.trans(query)) * log2_scale
+        scores = _scores(key, query, NEGATIVE)
         scores = tl.where((columns < tokens)[:, None], scores, float("-inf"))
-        weights = tl.exp2(scores - tl.max(scores, 0)[None, :])
+        weights = _exp(scores - tl.max(scores, 0)[None, :], log2_scale)
         weights = weights / tl.sum(weights, 0)[None, :]
         grad_weights = _dot(value, tl.trans(grad_mixed))
         delta = tl.sum(weights * grad_weights, 0)
@@ -164,11 +185,13 @@ def _backward_head_kernel(
 def _backward_rows_kernel(
     grad_out, qkv, statistics, log2_scale, tokens, heads,
     batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
-    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NEGATIVE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each query's maximum score, 1 / (sum of its exponentials) and delta = sum_k weight * grad_weight.
 
-    Maximum and sum stay apart: their log-sum-exp at a score of 1e4 would cost the weights 1e-3 in float32.
+    The maximum is that of scores before scaling. It and the sum stay apart: their log-sum-exp at a score of 1e4 would
+    cost the weights 1e-3 in float32.
     """
     block, item, batch, head = _locate(tl.cdiv(tokens, BLOCK_Q), heads)
     dims = tl.arange(0, BLOCK_D)
@@ -187,11 +210,11 @@ def _backward_rows_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         key = _load(key_base, columns, dims, stride_token, tokens, HEAD_DIM)
         value = _load(value_base, columns, dims, stride_token, tokens, HEAD_DIM)
-        scores = _dot(query, tl.trans(key)) * log2_scale
+        scores = _scores(query, key, NEGATIVE)
         scores = tl.where((columns < tokens)[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        weights = tl.exp2(scores - _finite(new_max)[:, None])
-        rescale = tl.exp2(row_max - _finite(new_max))
+        weights = _exp(scores - _finite(new_max)[:, None], log2_scale)
+        rescale = _exp(row_max - _finite(new_max), log2_scale)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         delta = delta * rescale + tl.sum(weights * _dot(grad_mixed, tl.trans(value)), 1)
         row_max = new_max
@@ -216,7 +239,8 @@ def _load_statistics(statistics, item, rows, tokens):
 def _backward_keys_kernel(
     grad_out, qkv, statistics, grad_qkv, scale, log2_scale, tokens, heads,
     batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
-    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NEGATIVE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys, over all queries. Scores stand as (keys, queries), as in the whole-head kernel."""
     block, item, batch, head = _locate(tl.cdiv(tokens, BLOCK_K), heads)
@@ -236,8 +260,8 @@ def _backward_keys_kernel(
         row_max, inverse_sum, delta = _load_statistics(statistics, item, rows, tokens)
         query = _load(query_base, rows, dims, stride_token, tokens, HEAD_DIM)
         grad_mixed = _load(grad_out_base, rows, dims, grad_stride_token, tokens, HEAD_DIM)
-        scores = _dot(key, tl.trans(query)) * log2_scale
-        weights = tl.exp2(scores - row_max[None, :]) * inverse_sum[None, :]
+        scores = _scores(key, query, NEGATIVE)
+        weights = _exp(scores - row_max[None, :], log2_scale) * inverse_sum[None, :]
         grad_weights = _dot(value, tl.trans(grad_mixed))
         grad_scores = (weights * (grad_weights - delta[None, :])).to(key.dtype)
         grad_value += _dot(weights.to(key.dtype), grad_mixed)
@@ -254,7 +278,8 @@ def _backward_keys_kernel(
 def _backward_queries_kernel(
     grad_out, qkv, statistics, grad_qkv, scale, log2_scale, tokens, heads,
     batch_units, token_units, part_units, head_units, grad_batch_units, grad_token_units, grad_head_units,
-    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NEGATIVE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries, over all keys."""
     block, item, batch, head = _locate(tl.cdiv(tokens, BLOCK_Q), heads)
@@ -273,14 +298,20 @@ def _backward_queries_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         key = _load(key_base, columns, dims, stride_token, tokens, HEAD_DIM)
         value = _load(value_base, columns, dims, stride_token, tokens, HEAD_DIM)
-        scores = _dot(query, tl.trans(key)) * log2_scale
+        scores = _scores(query, key, NEGATIVE)
         scores = tl.where((columns < tokens)[None, :], scores, float("-inf"))
-        weights = tl.exp2(scores - row_max[:, None]) * inverse_sum[:, None]
+        weights = _exp(scores - row_max[:, None], log2_scale) * inverse_sum[:, None]
         grad_weights = _dot(grad_mixed, tl.trans(value))
         grad_query += _dot((weights * (grad_weights - delta[:, None])).to(key.dtype), key)
 
     grad_query_base = grad_qkv + (batch * tokens * 3 * heads + head) * HEAD_DIM
     _store(grad_query_base, grad_query * scale, rows, dims, 3 * heads * HEAD_DIM, tokens, HEAD_DIM)
+
+
+def _log2_scale(scale: float) -> float:
+    """What turns scores into exponents of 2, without the sign: `_scores` takes that. Not 0, with which masked scores,
+    -inf, would become NaN: so little makes all others weigh the same."""
+    return max(abs(scale) * math.log2(math.e), torch.finfo(torch.float32).tiny)
 
 
 def attention(qkv: Tensor, scale: float) -> Tensor:
@@ -307,7 +338,7 @@ def attention(qkv: Tensor, scale: float) -> Tensor:
 
     def run(tile: Tile) -> None:
         _forward_kernel[(batch * heads * triton.cdiv(tokens, tile.block_q),)](
-            qkv, out, scale * math.log2(math.e), tokens, heads, *strides,
+            qkv, out, _log2_scale(scale), tokens, heads, *strides, NEGATIVE=scale < 0,
             UNIT=unit, HEAD_DIM=head_dim, BLOCK_D=block_d, **tile.options(),
         )  # fmt: skip
 
@@ -338,9 +369,9 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, scale: float) -> Tensor:
     if batch == 0:
         return grad_qkv
     block_d = padded_head_dim(head_dim)
-    items, log2_scale = batch * heads, scale * math.log2(math.e)
+    items, log2_scale = batch * heads, _log2_scale(scale)
     strides, unit = in_units((*strides_of(qkv), *strides_of(grad_out), head_dim))
-    constants = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    constants = {"NEGATIVE": scale < 0, "UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
 
     def run(tiles: Tile | Split) -> None:
         if isinstance(tiles, Tile):

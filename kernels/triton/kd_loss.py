@@ -44,10 +44,10 @@ def _exp(x, PRECISE: tl.constexpr):
     return tl.exp2(x * _LOG2_E)
 
 
-@triton.jit
-def _is_precise(logits, BLOCK: tl.constexpr):
+@triton.constexpr_function
+def _is_precise(dtype, block):
     """float32 has twice the time of half precision, and a short row is over sooner than it is launched."""
-    return logits.dtype.element_ty == tl.float32 or BLOCK <= 256
+    return dtype == tl.float32 or block <= 256
 
 
 @triton.jit
@@ -68,12 +68,13 @@ def _log_half_1p(x):
 
 
 @triton.jit
-def _log_ratios(s, t, log_sums, inside, KIND: tl.constexpr, PRECISE: tl.constexpr):
-    """Per class log(q / m) and log(p / m), for kl 0 and log(p / q); s, t are scaled logits less their row's largest.
+def _log_ratios(s, t, scale, log_sums, inside, KIND: tl.constexpr, PRECISE: tl.constexpr):
+    """Per class log(q / m) and log(p / m), for kl 0 and log(p / q); s, t are logits less their row's largest.
 
-    q, p are the softmax of student and teacher, m is their mean, log_sums is log(student's sum / teacher's).
+    q, p are the softmax of student and teacher, m is their mean, log_sums is log(student's sum / teacher's). Scaled is
+    the difference: of two scaled logits the compiler would round one and fuse the other, and equal ones would differ.
     """
-    ratio = tl.where(inside, t - s + log_sums, 0.0)
+    ratio = tl.where(inside, (t - s) * scale + log_sums, 0.0)
     if KIND == _KL:
         return tl.zeros_like(ratio), ratio
     of_larger = _log_half_1p(_exp(-tl.abs(ratio), PRECISE))  # log(m / max(p, q))
@@ -154,7 +155,7 @@ def _softmax_kernel(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """kl and js of a row that fits one block."""
-    PRECISE: tl.constexpr = _is_precise(student, BLOCK)
+    PRECISE: tl.constexpr = _is_precise(student.dtype.element_ty, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     classes = class_units * UNIT
     columns = tl.arange(0, BLOCK)
@@ -162,13 +163,13 @@ def _softmax_kernel(
     scale = tl.div_rn(1.0, temperature)
     s = _load(student + row * student_units * UNIT, columns, classes)
     t = _load(teacher + row * teacher_units * UNIT, columns, classes)
-    s = (s - tl.max(s, 0)) * scale
-    t = (t - tl.max(t, 0)) * scale
-    q, p = _exp(s, PRECISE), _exp(t, PRECISE)
+    s -= tl.max(s, 0)
+    t -= tl.max(t, 0)
+    q, p = _exp(s * scale, PRECISE), _exp(t * scale, PRECISE)
     s_sum, t_sum = tl.sum(q, 0), tl.sum(p, 0)
     log_sums = tl.log(tl.div_rn(s_sum, t_sum))
     s_per_sum, t_per_sum = tl.div_rn(1.0, s_sum), tl.div_rn(1.0, t_sum)
-    student_ratio, teacher_ratio = _log_ratios(s, t, log_sums, inside, KIND, PRECISE)
+    student_ratio, teacher_ratio = _log_ratios(s, t, scale, log_sums, inside, KIND, PRECISE)
     student_mean = tl.sum(q * student_ratio, 0) * s_per_sum
     teacher_mean = tl.sum(p * teacher_ratio, 0) * t_per_sum
     tl.store(rows + row, _row_loss(student_mean, teacher_mean, temperature, KIND))
@@ -195,7 +196,7 @@ def _long_softmax_kernel(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """kl and js of a row of several blocks."""
-    PRECISE: tl.constexpr = _is_precise(student, BLOCK)
+    PRECISE: tl.constexpr = _is_precise(student.dtype.element_ty, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     classes = class_units * UNIT
     student += row * student_units * UNIT
@@ -217,11 +218,11 @@ def _long_softmax_kernel(
     last = (classes - 1) // BLOCK * BLOCK
     for done in range(0, classes, BLOCK):
         columns = last - done + tl.arange(0, BLOCK)
-        s = (_load(student, columns, classes) - s_max) * scale
-        t = (_load(teacher, columns, classes) - t_max) * scale
-        student_ratio, teacher_ratio = _log_ratios(s, t, log_sums, columns < classes, KIND, PRECISE)
-        student_sums += _exp(s, PRECISE) * student_ratio
-        teacher_sums += _exp(t, PRECISE) * teacher_ratio
+        s = _load(student, columns, classes) - s_max
+        t = _load(teacher, columns, classes) - t_max
+        student_ratio, teacher_ratio = _log_ratios(s, t, scale, log_sums, columns < classes, KIND, PRECISE)
+        student_sums += _exp(s * scale, PRECISE) * student_ratio
+        teacher_sums += _exp(t * scale, PRECISE) * teacher_ratio
     student_mean, teacher_mean = tl.sum(student_sums, 0) * s_per_sum, tl.sum(teacher_sums, 0) * t_per_sum
     tl.store(rows + row, _row_loss(student_mean, teacher_mean, temperature, KIND))
 
@@ -229,10 +230,10 @@ def _long_softmax_kernel(
         factor = _gradient_factor(temperature, weight, KIND)
         for start in range(0, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            s = (_load(student, columns, classes) - s_max) * scale
-            t = (_load(teacher, columns, classes) - t_max) * scale
-            student_ratio, teacher_ratio = _log_ratios(s, t, log_sums, columns < classes, KIND, PRECISE)
-            q, p = _exp(s, PRECISE), _exp(t, PRECISE)
+            s = _load(student, columns, classes) - s_max
+            t = _load(teacher, columns, classes) - t_max
+            student_ratio, teacher_ratio = _log_ratios(s, t, scale, log_sums, columns < classes, KIND, PRECISE)
+            q, p = _exp(s * scale, PRECISE), _exp(t * scale, PRECISE)
             gradients = _gradients(
                 q, p, student_ratio, teacher_ratio, student_mean, teacher_mean, factor * s_per_sum,
                 factor * t_per_sum, KIND,

@@ -24,7 +24,7 @@ attention = importlib.import_module("vitkd_fast.triton.attention")  # the packag
 kd_loss = importlib.import_module("vitkd_fast.triton.kd_loss")
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Bytes that a block may take (CUDA C++ programming guide, compute capabilities). sm_80 has 163 KB, but its tiles serve
 # sm_86, sm_89 and sm_120 too.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
@@ -76,7 +76,7 @@ def attention_kernels(tokens, head_dim, dtype, chip):
 
 @pytest.mark.parametrize("chip", [80, 90])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_attention(dtype, head_dim, chip, tmp_path, record_property):
     """Fits the chip and spills nothing; 16-byte accesses and tensor cores where they are meant."""
     pointers = dict.fromkeys(("qkv", "out", "grad_out", "grad_qkv"), TYPES[dtype]) | {"statistics": "fp32"}
@@ -84,7 +84,7 @@ def test_attention(dtype, head_dim, chip, tmp_path, record_property):
         each: None for n in (16, 17, 50, 65, 128, 197, 577) for each in attention_kernels(n, head_dim, dtype, chip)
     }
     for kernel, tile in kernels:
-        constants = {"UNIT": 8, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
+        constants = {"NEGATIVE": False, "UNIT": 8, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
         constants |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
         ptx, shared = compiled(kernel, chip, pointers, constants, tile.num_warps, tile.num_stages)
         registers, spilled = figures(ptx, chip, tmp_path)
@@ -146,17 +146,33 @@ def test_one_compilation_for_all_batch_sizes(order, head_dim, tokens, monkeypatc
 
 
 @pytest.mark.parametrize("chip, classes", [(90, 1), (90, 10), (90, 1000), (90, 8192), (90, 65_536), (80, 1000)])
-@pytest.mark.parametrize("kind", ["kl", "js", "mse"])
-def test_kd_loss(kind, chip, classes, tmp_path, record_property):
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", ["kl", "js", "l1", "mse"])  # reverse_kl is launched as kl
+def test_kd_loss(kind, dtype, chip, classes, tmp_path, record_property):
     """Spills nothing, and reads rows of a length that 8 divides 16 bytes at a time (Triton alone sees only 16s)."""
-    index = KINDS.index(kind)
-    kernel, block = kd_loss._plan(index, classes)
-    pointers = dict.fromkeys(("student", "teacher", "student_grad", "teacher_grad"), "bf16") | {"rows": "fp32"}
-    constants = {"KIND": index, "STUDENT_GRAD": True, "TEACHER_GRAD": True, "BLOCK": block}
-    constants["UNIT"] = 8 if classes % 8 == 0 else 1
-    ptx, _ = compiled(kernel, chip, pointers, constants, kd_loss._warps(block))
+    ptx = compiled_kd_loss(kind, dtype, classes, chip)
     registers, spilled = figures(ptx, chip, tmp_path)
     record_property("registers", registers)
     assert spilled == 0
     if classes % 8 == 0:
         assert "ld.global.v4" in ptx and "st.global.v4" in ptx
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 8192])
+@pytest.mark.parametrize("kind", ["kl", "js", "l1", "mse"])
+@pytest.mark.parametrize("wanted", [(False, False), (True, False), (False, True)], ids=str)
+def test_kd_loss_of_fewer_gradients(wanted, kind, classes):
+    """What is not wanted is not written: the loss of the row is then the only store."""
+    ptx = compiled_kd_loss(kind, torch.float16, classes, 90, wanted)
+    assert ("st.global.v4" in ptx or "st.global.b16" in ptx) == any(wanted)
+
+
+def compiled_kd_loss(kind, dtype, classes, chip, wanted=(True, True)):
+    index = KINDS.index(kind)
+    kernel, block = kd_loss._plan(index, classes)
+    logits = ("student", "teacher", "student_grad", "teacher_grad")
+    pointers = dict.fromkeys(logits, TYPES[dtype]) | {"rows": "fp32"}
+    constants = {"KIND": index, "STUDENT_GRAD": wanted[0], "TEACHER_GRAD": wanted[1], "BLOCK": block}
+    constants["UNIT"] = 8 if classes % 8 == 0 else 2 if classes % 2 == 0 else 1
+    ptx, _ = compiled(kernel, chip, pointers, constants, kd_loss._warps(block))
+    return ptx

@@ -150,10 +150,11 @@ def test_logits_of_ten_thousand(classes, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("classes", [10, 8200])
-def test_equal_logits(classes, kind):
+def test_equal_logits(classes, temperature, kind):
     student, _ = draw(3, classes, torch.float32)
-    rows, student_grad, teacher_grad = kd_loss(student, student, KINDS.index(kind), 1.0, True, True)
+    rows, student_grad, teacher_grad = kd_loss(student, student, KINDS.index(kind), temperature, True, True)
     for value in (rows, student_grad, teacher_grad):
         assert value.abs().max() <= 2 * torch.finfo(torch.float32).eps
 
