@@ -71,6 +71,8 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
         cuda = Library(f"{nvcc} -shared -cudart static", f"{torch_library} -L{stub.parent} -ltorch_cuda")
         cuda.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cuda -DVITKD_KEY=CUDA") for path in csrc]
         codes = " ".join(code for architecture in architectures for code in gencode(architecture))
+        if any(digits(architecture) in ("90", "90a") for architecture in architectures):
+            codes += " -DVITKD_SM90A"
         cuda.objects += [("nvcc", path, codes) for path in sorted((root / "kernels/cuda").glob("*.cu"))]
         found["_C_cuda"] = cuda
 
@@ -136,9 +138,11 @@ def cuda_architectures(nvcc: str) -> list[str]:
 
 
 def gencode(architecture: str) -> list[str]:
-    """'9.0' is machine code; '9.0+PTX' adds what later GPUs compile for themselves."""
+    """'9.0' is machine code; '9.0+PTX' adds what later GPUs compile for themselves. Of 9.0 it is the code for just that
+    architecture, which alone has instructions for four warps at once."""
     n = digits(architecture)
-    codes = [f"-gencode=arch=compute_{n},code=sm_{n}"]
+    only = "90a" if n == "90" else n
+    codes = [f"-gencode=arch=compute_{only},code=sm_{only}"]
     return [*codes, f"-gencode=arch=compute_{n},code=compute_{n}"] if architecture.endswith("+PTX") else codes
 
 

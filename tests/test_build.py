@@ -174,7 +174,7 @@ def test_cuda_architectures_follow_the_list(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     assert native.cuda_architectures("nvcc") == ["8.0", "9.0+PTX"]
     assert native.gencode("9.0+PTX") == [
-        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90,code=compute_90",
     ]
 

@@ -7,7 +7,7 @@ template <class Problem>
 const char* queue(const Problem& p, void* stream) {
   if (p.batch == 0 || p.tokens == 0 || p.heads == 0) return nullptr;
   const char* error = nullptr;
-  return queue_head(p, stream, error) ? error : queue_streamed(p, stream);
+  return queue_hopper(p, stream, error) || queue_head(p, stream, error) ? error : queue_streamed(p, stream);
 }
 
 }  // namespace

@@ -24,6 +24,10 @@ inline bool fits_vectors(size_t element_bytes, const AttentionBackward& p) {
 bool queue_head(const Attention&, void* stream, const char*& error);
 bool queue_head(const AttentionBackward&, void* stream, const char*& error);
 
+// The same by four warps at a time, where the GPU has instructions for that (attention_hopper.cu).
+bool queue_hopper(const Attention&, void* stream, const char*& error);
+bool queue_hopper(const AttentionBackward&, void* stream, const char*& error);
+
 // Tiles that pass through shared memory (attention_streamed.cu): everything else. Null, or what went wrong.
 const char* queue_streamed(const Attention&, void* stream);
 const char* queue_streamed(const AttentionBackward&, void* stream);

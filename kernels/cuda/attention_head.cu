@@ -1,54 +1,11 @@
 // Self-attention of ViT-short heads and its gradient: a thread block has all of a head in shared memory and a warp whole
 // rows of its scores in registers, so that the softmax takes one pass, nothing is read twice and nothing is saved for the
 // backward. Only what a 16x16 tile needs is padded. See README.md.
-#include "attention.cuh"
 #include "head.cuh"
+#include "sizes.cuh"
 
 namespace vitkd::cuda {
 namespace {
-
-// Which head of the batch. 32 bits, so that a division is not a function.
-struct Owner {
-  unsigned batch, head;
-
-  template <class Problem>
-  __device__ Owner(const Problem& p, unsigned owner)
-      : batch(owner / static_cast<unsigned>(p.heads)), head(owner % static_cast<unsigned>(p.heads)) {}
-};
-
-template <class T, class Problem>
-__device__ HeadRows<const T> rows_of(const Problem& p, Part part, const Owner& owner) {
-  const auto& stride = p.qkv_stride;
-  const T* data = static_cast<const T*>(p.qkv) + owner.batch * stride[0] + part * stride[2] + owner.head * stride[3];
-  return {data, static_cast<int>(stride[1])};
-}
-
-// A lane has two rows of a strip's scores, 8 rows apart: elements 0, 1 and 2, 3 of every accumulator.
-template <int kTiles>
-using Scores = float[kTiles][2][4];
-
-// Columns from `columns` on, which are after the first kFull tiles, weigh nothing.
-template <int kFull, int kTiles>
-__device__ __forceinline__ void hide_from(int columns, Scores<kTiles>& scores) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int i = 8 * kFull; i < 8 * kTiles; ++i)
-    if (i / 4 * 8 + accumulator_column(lane, i % 4) >= columns) scores[i / 8][i / 4 % 2][i % 4] = -kInfinity;
-}
-
-template <int kTiles>
-__device__ __forceinline__ float largest(const Scores<kTiles>& scores, int row) {
-  float peak = -kInfinity;
-#pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    const float (&four)[4] = scores[i / 2][i % 2];
-    peak = fmaxf(peak, fmaxf(four[2 * row], four[2 * row + 1]));
-  }
-  return quad_max(peak);
-}
-
-// The largest score must be the largest logit: a negative scale goes into the queries' signs.
-__device__ __forceinline__ uint32_t sign_of(float scale_log2) { return scale_log2 < 0 ? 0x80008000u : 0; }
 
 template <int D, int kTiles>
 struct ForwardShape {
@@ -407,55 +364,23 @@ bool queue(const AttentionBackward& p, float scale_log2, void* stream, const cha
   return true;
 }
 
-// The room, in tiles, that is compiled for; a head takes the smallest that holds it. These are the lengths of 32, 49 + 1,
-// 64 + 1, 100, 144 + 1, 196 + 2 and 256 + 1 tokens, and what lies between goes along.
-template <int... kTiles>
-struct Sizes {};
+struct Queue {
+  template <class T, int D, int kBelow, int kTiles, class Problem>
+  static bool run(const Problem& p, float scale_log2, void* stream, const char*& error) {
+    return queue<T, D, kBelow, kTiles>(p, scale_log2, stream, error);
+  }
+};
+
 using ForwardSizes = Sizes<2, 4, 5, 7, 10, 13, 17>;
 using BackwardSizes = Sizes<2, 4, 5, 7, 10, 13>;
-
-template <class T, int D, int kBelow, int kTiles, int... kMore, class Problem, class... More>
-bool queue_smallest(Sizes<kTiles, kMore...>, const Problem& p, More&... more) {
-  if (p.tokens <= 16 * kTiles) return queue<T, D, kBelow, kTiles>(p, more...);
-  if constexpr (sizeof...(kMore) > 0)
-    return queue_smallest<T, D, kTiles>(Sizes<kMore...>{}, p, more...);
-  else
-    return false;
-}
-
-// Whether the offsets within a head do not take 64 bits.
-bool fits_int(std::initializer_list<int64_t> row_strides, int64_t tokens) {
-  for (int64_t stride : row_strides)
-    if (stride * tokens > 2147483647) return false;
-  return true;
-}
-bool fits_int(const Attention& p) { return fits_int({p.qkv_stride[1], p.heads * p.head_dim}, p.tokens); }
-bool fits_int(const AttentionBackward& p) {
-  return fits_int({p.qkv_stride[1], p.grad_out_stride[1], 3 * p.heads * p.head_dim}, p.tokens);
-}
-
-template <class Compiled, class Problem>
-bool queue_any(const Problem& p, void* stream, const char*& error) {
-  const float scale_log2 = static_cast<float>(p.scale * kLog2E);
-  if (scale_log2 == 0 || !fits_vectors(2, p) || p.batch * p.heads > kMaxBlocks || !fits_int(p)) return false;
-  const auto with = [&](auto element) {
-    using T = decltype(element);
-    if (p.head_dim == 64) return queue_smallest<T, 64, 0>(Compiled{}, p, scale_log2, stream, error);
-    if (p.head_dim == 32) return queue_smallest<T, 32, 0>(Compiled{}, p, scale_log2, stream, error);
-    return false;
-  };
-  if (p.dtype == DType::bfloat16) return with(bfloat16{});
-  if (p.dtype == DType::float16) return with(float16{});
-  return false;
-}
 
 }  // namespace
 
 bool queue_head(const Attention& p, void* stream, const char*& error) {
-  return queue_any<ForwardSizes>(p, stream, error);
+  return queue_sizes<Queue, ForwardSizes>(p, stream, error);
 }
 bool queue_head(const AttentionBackward& p, void* stream, const char*& error) {
-  return queue_any<BackwardSizes>(p, stream, error);
+  return queue_sizes<Queue, BackwardSizes>(p, stream, error);
 }
 
 }  // namespace vitkd::cuda

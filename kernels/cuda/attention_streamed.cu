@@ -34,47 +34,87 @@ __device__ Rows<const T> rows_of(const Problem& p, Part part, int64_t batch, int
   return {data, stride[1], p.tokens, static_cast<int>(p.head_dim), vectors};
 }
 
-// Scores times scale * log2(e), so that exp becomes exp2; columns past the last key become -inf, never 0, which would
-// outweigh a row of very negative scores.
-template <int kTiles>
-__device__ __forceinline__ void to_logits(float (&scores)[kTiles][4], float scale_log2, int64_t columns) {
+// How scores become weights, exp(scale * (score - the row's largest)). Of 16-bit elements a logit is the score times
+// scale * log2(e), and a weight one instruction. float32 must not round a product that is large where the difference
+// is small: there a logit is the score times the sign of the scale, and the difference is scaled.
+template <class T>
+struct Scale {
+  static constexpr bool kExact = std::is_same_v<T, float>;
+  float of_score, of_difference;
+
+  explicit Scale(double scale)
+      : of_score(static_cast<float>(kExact ? (scale > 0) - (scale < 0) : scale * kLog2E)),
+        of_difference(static_cast<float>(scale == 0 ? 1 : std::fabs(scale))) {}
+
+  __device__ __forceinline__ float logit(float score) const { return score * of_score; }
+  __device__ __forceinline__ float weight(float logit, float largest) const {
+    if constexpr (kExact) return expf((logit - largest) * of_difference);
+    else return fast_exp2(logit - largest);
+  }
+};
+
+// Columns past the last key become -inf, never 0, which would outweigh a row of very negative scores.
+template <class T, int kTiles>
+__device__ __forceinline__ void to_logits(float (&scores)[kTiles][4], const Scale<T>& scale, int64_t columns) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 4 * kTiles; ++i) {
     const bool inside = i / 4 * 8 + accumulator_column(lane, i % 4) < columns;
-    scores[i / 4][i % 4] = inside ? scores[i / 4][i % 4] * scale_log2 : -kInfinity;
+    scores[i / 4][i % 4] = inside ? scale.logit(scores[i / 4][i % 4]) : -kInfinity;
   }
 }
 
-// Softmax of a lane's two rows while their columns arrive tile by tile. The four lanes of a quad share the rows.
+// term(0) + ... + term(kCount - 1), for float32 as a tree: half as many roundings in a row for each doubling, and equal
+// terms, as of tokens that are all alike, add up without any.
+template <class T, int kCount, class Term>
+__device__ __forceinline__ float sum_of(Term term, int first = 0) {
+  if constexpr (!Scale<T>::kExact) {
+    float sum = term(0);
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) sum += term(i);
+    return sum;
+  } else if constexpr (kCount == 1) {
+    return term(first);
+  } else {
+    return sum_of<T, kCount / 2>(term, first) + sum_of<T, kCount / 2>(term, first + kCount / 2);
+  }
+}
+
+// Softmax of a lane's two rows while their columns arrive tile by tile. The four lanes of a quad share the rows. What
+// a tile adds is summed by itself: one chain over all keys would gather their roundings.
 struct Softmax {
   float shift[2] = {-kInfinity, -kInfinity};  // the largest logit so far
-  float sum[2] = {0, 0};                      // over this lane's columns, of exp2(logit - shift)
+  float sum[2] = {0, 0};                      // over this lane's columns, of the weights
 
-  // Turns logits into exp2(logit - shift) and says by what all earlier ones must be multiplied.
-  template <int kTiles>
-  __device__ __forceinline__ void update(float (&logits)[kTiles][4], float (&correction)[2]) {
+  // Turns logits into weights and says by what all earlier ones must be multiplied.
+  template <class T, int kTiles>
+  __device__ __forceinline__ void update(float (&logits)[kTiles][4], float (&correction)[2], const Scale<T>& scale) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float peak = shift[row];
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) peak = fmaxf(peak, logits[i / 2][2 * row + i % 2]);
       peak = quad_max(peak);
-      if (peak == -kInfinity) peak = kLowest;  // so that exp2(-inf - peak) is 0, not NaN
-      correction[row] = fast_exp2(shift[row] - peak);
+      if (peak == -kInfinity) peak = kLowest;  // so that exp(-inf - peak) is 0, not NaN
+      correction[row] = scale.weight(shift[row], peak);
       shift[row] = peak;
-      sum[row] *= correction[row];
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         float& logit = logits[i / 2][2 * row + i % 2];
-        logit = fast_exp2(logit - peak);
-        sum[row] += logit;
+        logit = scale.weight(logit, peak);
       }
+      const float part = sum_of<T, 2 * kTiles>([&](int i) { return logits[i / 2][2 * row + i % 2]; });
+      sum[row] = fmaf(sum[row], correction[row], part);
     }
   }
-
-  __device__ __forceinline__ float inverse_sum(int row) const { return reciprocal(quad_sum(sum[row])); }
 };
+
+// 1 / x, for float32 rounded but once.
+template <class T>
+__device__ __forceinline__ float inverse_of(float x) {
+  if constexpr (Scale<T>::kExact) return 1 / x;
+  else return reciprocal(x);
+}
 
 template <int kTiles>
 __device__ __forceinline__ void scale_rows(float (&product)[kTiles][4], const float (&factor)[2]) {
@@ -85,7 +125,7 @@ __device__ __forceinline__ void scale_rows(float (&product)[kTiles][4], const fl
 // One block: kRows queries of one head.
 template <class T, int D>
 __global__ void __launch_bounds__(Shape<T, D>::kThreads)
-    attention_forward_kernel(const Attention p, const float scale_log2, const bool vectors) {
+    attention_forward_kernel(const Attention p, const Scale<T> scale, const bool vectors) {
   using S = Shape<T, D>;
   const int64_t strips = (p.tokens + S::kRows - 1) / S::kRows;
   const int64_t strip = int64_t{blockIdx.x} % strips, owner = int64_t{blockIdx.x} / strips;
@@ -105,12 +145,12 @@ __global__ void __launch_bounds__(Shape<T, D>::kThreads)
         if (my_first >= p.tokens) return;
         float weights[S::kColumns / 8][4] = {}, correction[2];
         multiply_transposed<T, D>(weights, my_queries, keys);
-        to_logits(weights, scale_log2, p.tokens - start);
-        softmax.update(weights, correction);
+        to_logits(weights, scale, p.tokens - start);
+        softmax.update(weights, correction, scale);
         scale_rows(out, correction);
         multiply<T, D>(out, weights, values);
       });
-  const float factor[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+  const float factor[2] = {inverse_of<T>(quad_sum(softmax.sum[0])), inverse_of<T>(quad_sum(softmax.sum[1]))};
   T* const data = static_cast<T*>(p.out) + (batch * p.tokens * p.heads + head) * p.head_dim;
   const Rows<T> out_rows{data, p.heads * p.head_dim, p.tokens, static_cast<int>(p.head_dim), vectors};
   store_rows<T, D>(out_rows, my_first, out, factor, my_queries);
@@ -121,7 +161,7 @@ template <class T, int D>
 struct Backward {
   using S = Shape<T, D>;
   const AttentionBackward& p;
-  const float scale_log2;
+  const Scale<T> scale;
   const bool vectors;
   const int64_t batch, head;
   T* const shared;
@@ -163,19 +203,24 @@ struct Backward {
                                 float weights[S::kColumns / 8][4] = {}, grads[S::kColumns / 8][4] = {}, correction[2];
                                 multiply_transposed<T, D>(weights, mine(0), keys);
                                 multiply_transposed<T, D>(grads, mine(1), values);
-                                to_logits(weights, scale_log2, p.tokens - column);
-                                softmax.update(weights, correction);
-                                my_delta[0] *= correction[0];
-                                my_delta[1] *= correction[1];
+                                to_logits(weights, scale, p.tokens - column);
+                                softmax.update(weights, correction, scale);
 #pragma unroll
-                                for (int i = 0; i < S::kColumns / 2; ++i)
-                                  my_delta[i % 4 / 2] += weights[i / 4][i % 4] * grads[i / 4][i % 4];
+                                for (int row = 0; row < 2; ++row) {
+                                  const float part = sum_of<T, S::kColumns / 4>([&](int i) {
+                                    return weights[i / 2][2 * row + i % 2] * grads[i / 2][2 * row + i % 2];
+                                  });
+                                  my_delta[row] = fmaf(my_delta[row], correction[row], part);
+                                }
                               });
     float my_inverse[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      my_inverse[row] = softmax.inverse_sum(row);
-      my_delta[row] = quad_sum(my_delta[row]) * my_inverse[row];
+      const float sum = quad_sum(softmax.sum[row]);
+      my_inverse[row] = inverse_of<T>(sum);
+      my_delta[row] = quad_sum(my_delta[row]);
+      if constexpr (Scale<T>::kExact) my_delta[row] /= sum;
+      else my_delta[row] *= my_inverse[row];
       if (lane % 4 == 0) {
         const int64_t query = my_first + accumulator_row(lane, 2 * row);
         const bool inside = query < p.tokens;  // the weights of a query that is not there are 0
@@ -191,12 +236,12 @@ struct Backward {
                                 float weights[S::kColumns / 8][4] = {}, grads[S::kColumns / 8][4] = {};
                                 multiply_transposed<T, D>(weights, mine(0), keys);
                                 multiply_transposed<T, D>(grads, mine(1), values);
-                                to_logits(weights, scale_log2, p.tokens - column);
+                                to_logits(weights, scale, p.tokens - column);
 #pragma unroll
                                 for (int i = 0; i < S::kColumns / 2; ++i) {
                                   const int row = i % 4 / 2;
                                   const float weight =
-                                      fast_exp2(weights[i / 4][i % 4] - softmax.shift[row]) * my_inverse[row];
+                                      scale.weight(weights[i / 4][i % 4], softmax.shift[row]) * my_inverse[row];
                                   grads[i / 4][i % 4] = weight * (grads[i / 4][i % 4] - my_delta[row]);
                                 }
                                 multiply<T, D>(grad_query, grads, keys);
@@ -223,14 +268,14 @@ struct Backward {
                                   const int query = first + i / 4 * 8 + accumulator_column(lane, i % 4);
                                   float& weight = weights[i / 4][i % 4];
                                   const float factor = inverse[query];  // 0: no such query, and 0 * inf may be here
-                                  weight = factor == 0 ? 0 : fast_exp2(weight * scale_log2 - shift[query]) * factor;
+                                  weight = factor == 0 ? 0 : scale.weight(scale.logit(weight), shift[query]) * factor;
                                   grads[i / 4][i % 4] = weight * (grads[i / 4][i % 4] - delta[query]);
                                 }
                                 multiply<T, D>(grad_value, weights, grad_out);
                                 multiply<T, D>(grad_key, grads, queries);
                               });
-    const float scale[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)}, one[2] = {1, 1};
-    store_rows<T, D>(grad_rows(kKey), my_first, grad_key, scale, mine(0), chunk > 0);
+    const float factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)}, one[2] = {1, 1};
+    store_rows<T, D>(grad_rows(kKey), my_first, grad_key, factor, mine(0), chunk > 0);
     store_rows<T, D>(grad_rows(kValue), my_first, grad_value, one, mine(1), chunk > 0);
   }
 };
@@ -243,12 +288,12 @@ size_t statistics_bytes(int64_t tokens, int rows) { return 3 * sizeof(float) * s
 // One block: one head.
 template <class T, int D>
 __global__ void __launch_bounds__(Shape<T, D>::kThreads, 2)
-    attention_backward_kernel(const AttentionBackward p, const float scale_log2, const bool vectors) {
+    attention_backward_kernel(const AttentionBackward p, const Scale<T> scale, const bool vectors) {
   using S = Shape<T, D>;
   const int64_t owner = blockIdx.x, count = statistics_per_block(p.tokens, S::kRows);
   T* const shared = shared_memory<T>();
   float* const statistics = reinterpret_cast<float*>(shared + S::kBackwardBytes / sizeof(T));
-  const Backward<T, D> backward{p,      scale_log2, vectors,           owner / p.heads,       owner % p.heads,
+  const Backward<T, D> backward{p,      scale,      vectors,           owner / p.heads,       owner % p.heads,
                                 shared, statistics, statistics + count, statistics + 2 * count};
   for (int64_t chunk = 0; chunk < p.tokens; chunk += kChunk) {
     const int64_t end = chunk + kChunk < p.tokens ? chunk + kChunk : p.tokens;
@@ -258,18 +303,18 @@ __global__ void __launch_bounds__(Shape<T, D>::kThreads, 2)
 }
 
 template <class T, int D>
-const char* queue(const Attention& p, float scale_log2, void* stream) {
+const char* queue_width(const Attention& p, void* stream) {
   using S = Shape<T, D>;
   const int64_t strips = (p.tokens + S::kRows - 1) / S::kRows;
   return launch(attention_forward_kernel<T, D>, p.batch * p.heads * strips, S::kThreads, S::kForwardBytes, stream, p,
-                scale_log2, fits_vectors(sizeof(T), p));
+                Scale<T>(p.scale), fits_vectors(sizeof(T), p));
 }
 
 template <class T, int D>
-const char* queue(const AttentionBackward& p, float scale_log2, void* stream) {
+const char* queue_width(const AttentionBackward& p, void* stream) {
   using S = Shape<T, D>;
   const size_t bytes = S::kBackwardBytes + statistics_bytes(p.tokens, S::kRows);
-  return launch(attention_backward_kernel<T, D>, p.batch * p.heads, S::kThreads, bytes, stream, p, scale_log2,
+  return launch(attention_backward_kernel<T, D>, p.batch * p.heads, S::kThreads, bytes, stream, p, Scale<T>(p.scale),
                 fits_vectors(sizeof(T), p));
 }
 
@@ -282,16 +327,15 @@ constexpr int padded(int head_dim) {
 
 template <class T, class Problem>
 const char* queue(const Problem& p, void* stream) {
-  const float scale_log2 = static_cast<float>(p.scale * kLog2E);
   switch ((p.head_dim + 15) / 16) {
-    case 1: return queue<T, padded<T>(16)>(p, scale_log2, stream);
-    case 2: return queue<T, padded<T>(32)>(p, scale_log2, stream);
-    case 3: return queue<T, padded<T>(48)>(p, scale_log2, stream);
-    case 4: return queue<T, padded<T>(64)>(p, scale_log2, stream);
-    case 5: return queue<T, padded<T>(80)>(p, scale_log2, stream);
-    case 6: return queue<T, padded<T>(96)>(p, scale_log2, stream);
+    case 1: return queue_width<T, padded<T>(16)>(p, stream);
+    case 2: return queue_width<T, padded<T>(32)>(p, stream);
+    case 3: return queue_width<T, padded<T>(48)>(p, stream);
+    case 4: return queue_width<T, padded<T>(64)>(p, stream);
+    case 5: return queue_width<T, padded<T>(80)>(p, stream);
+    case 6: return queue_width<T, padded<T>(96)>(p, stream);
     case 7:
-    case 8: return queue<T, padded<T>(128)>(p, scale_log2, stream);
+    case 8: return queue_width<T, padded<T>(128)>(p, stream);
   }
   return "unsupported head_dim: the CUDA attention takes 1 to 128";
 }

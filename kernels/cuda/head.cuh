@@ -2,7 +2,7 @@
 // tensor cores take, and the way back to global memory. 16-bit elements only.
 #pragma once
 
-#include "device.cuh"
+#include "attention.cuh"
 
 namespace vitkd::cuda {
 
@@ -28,6 +28,22 @@ struct HeadRows {
 
   __device__ T* row(int i) const { return data + i * stride; }
 };
+
+// Which head of the batch. 32 bits, so that a division is not a function.
+struct Owner {
+  unsigned batch, head;
+
+  template <class Problem>
+  __device__ Owner(const Problem& p, unsigned owner)
+      : batch(owner / static_cast<unsigned>(p.heads)), head(owner % static_cast<unsigned>(p.heads)) {}
+};
+
+template <class T, class Problem>
+__device__ HeadRows<const T> rows_of(const Problem& p, Part part, const Owner& owner) {
+  const auto& stride = p.qkv_stride;
+  const T* data = static_cast<const T*>(p.qkv) + owner.batch * stride[0] + part * stride[2] + owner.head * stride[3];
+  return {data, static_cast<int>(stride[1])};
+}
 
 // Starts to bring kRows rows by kThreads threads; those that are not there become zeros.
 template <class T, int D, int kRows, int kThreads>
@@ -111,6 +127,33 @@ __device__ __forceinline__ void load_columns(uint32_t (&columns)[4], const T* we
   const int row = first_row + lane / 16 * 8 + lane % 8, column = first_column + lane / 8 % 2 * 8;
   load_matrices<true>(columns, weights + row * kWeightPitch<kTiles> + column);
 }
+
+// A lane has two rows of a strip's scores, 8 rows apart: elements 0, 1 and 2, 3 of every accumulator.
+template <int kTiles>
+using Scores = float[kTiles][2][4];
+
+// Columns from `columns` on, which are after the first kFull tiles, weigh nothing.
+template <int kFull, int kTiles>
+__device__ __forceinline__ void hide_from(int columns, Scores<kTiles>& scores) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 8 * kFull; i < 8 * kTiles; ++i)
+    if (i / 4 * 8 + accumulator_column(lane, i % 4) >= columns) scores[i / 8][i / 4 % 2][i % 4] = -kInfinity;
+}
+
+template <int kTiles>
+__device__ __forceinline__ float largest(const Scores<kTiles>& scores, int row) {
+  float peak = -kInfinity;
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const float (&four)[4] = scores[i / 2][i % 2];
+    peak = fmaxf(peak, fmaxf(four[2 * row], four[2 * row + 1]));
+  }
+  return quad_max(peak);
+}
+
+// The largest score must be the largest logit: a negative scale goes into the queries' signs.
+__device__ __forceinline__ uint32_t sign_of(float scale_log2) { return scale_log2 < 0 ? 0x80008000u : 0; }
 
 // product (16 x 16*kTiles) += strip matrix^T, the strip's signs turned by `sign`. Only the first `tiles` tiles of 16 rows
 // of the matrix are there, and at least kSure of them.

@@ -107,25 +107,34 @@ __device__ __forceinline__ void multiply_transposed(float (&product)[kTiles][4],
 }
 
 // product (16 x D) += a (16 x 8*kTiles) b, with a an accumulator in registers (rounded to T) and b (8*kTiles x D) a
-// tile in shared memory.
+// tile in shared memory. float32 sums a tile by itself, so that no chain of additions is as long as the sequence; a few
+// columns at a time, for the registers that this takes.
 template <class T, int D, int kTiles>
 __device__ __forceinline__ void multiply(float (&product)[D / 8][4], const float (&a)[kTiles][4], const T* b) {
   constexpr int kP = kPitch<T, D>;
   const int lane = threadIdx.x % kWarp;
   if constexpr (std::is_same_v<T, float>) {
+    constexpr int kPart = D > 64 ? 2 : 4;  // tiles of 8 columns
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int first = 0; first < D / 8; first += kPart) {
+      float part[kPart][4] = {};
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {  // the lane of this quad that holds column k lends it to the others
-        const float low = shuffle(a[tile][k % 2], lane / 4 * 4 + k / 2);
-        const float high = shuffle(a[tile][2 + k % 2], lane / 4 * 4 + k / 2);
-        const float* b_row = b + (tile * 8 + k) * kP + accumulator_column(lane, 0);
+      for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-        for (int i = 0; i < D / 4; ++i) {
-          product[i / 2][i % 2] = fmaf(low, b_row[i / 2 * 8 + i % 2], product[i / 2][i % 2]);
-          product[i / 2][2 + i % 2] = fmaf(high, b_row[i / 2 * 8 + i % 2], product[i / 2][2 + i % 2]);
+        for (int k = 0; k < 8; ++k) {  // the lane of this quad that holds column k lends it to the others
+          const float low = shuffle(a[tile][k % 2], lane / 4 * 4 + k / 2);
+          const float high = shuffle(a[tile][2 + k % 2], lane / 4 * 4 + k / 2);
+          const float* b_row = b + (tile * 8 + k) * kP + first * 8 + accumulator_column(lane, 0);
+#pragma unroll
+          for (int i = 0; i < 2 * kPart; ++i) {
+            part[i / 2][i % 2] = fmaf(low, b_row[i / 2 * 8 + i % 2], part[i / 2][i % 2]);
+            part[i / 2][2 + i % 2] = fmaf(high, b_row[i / 2 * 8 + i % 2], part[i / 2][2 + i % 2]);
+          }
         }
       }
+#pragma unroll
+      for (int i = 0; i < 4 * kPart; ++i) product[first + i / 4][i % 4] += part[i / 4][i % 4];
+      __syncwarp();
     }
   } else {
 #pragma unroll

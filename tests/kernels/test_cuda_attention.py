@@ -65,7 +65,12 @@ def cuda():
     emulator = host.emulator()
     emulator.schedule = "ascending"
     emulator.max_shared = 227 * 1024
+    emulator.warpgroups = False
     return emulator
+
+
+# sm_90 has instructions that multiply by four warps at once, and kernels of its own where they are enough.
+both = pytest.mark.parametrize("warpgroups", (False, True), ids=("sm_100", "sm_90"))
 
 
 def inputs(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, batch: int = 1, spread: float = 1.0):
@@ -92,9 +97,11 @@ def test_matches_the_formula(cuda, shape, dtype):
     assert_both_accurate(cuda, *inputs(*shape, dtype))
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", WHOLE_SHAPES, ids=str)
-def test_whole_heads_match_the_formula(cuda, shape, dtype):
+def test_whole_heads_match_the_formula(cuda, shape, dtype, warpgroups):
+    cuda.warpgroups = warpgroups
     assert_both_accurate(cuda, *inputs(*shape, dtype))
 
 
@@ -134,25 +141,31 @@ def test_more_tokens_than_one_chunk_of_statistics(cuda):
     assert_both_accurate(cuda, *inputs(1030, 1, 8, torch.bfloat16))
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (24, 32))
-def test_batches_and_negative_scale(cuda, head_dim, dtype):
+def test_batches_and_negative_scale(cuda, head_dim, dtype, warpgroups):
+    cuda.warpgroups = warpgroups
     qkv, grad_out, scale = inputs(21, 2, head_dim, dtype, batch=3)
     assert_both_accurate(cuda, qkv, grad_out, -scale)
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, head_dim", ((50, 24), (50, 32), (197, 32)))
-def test_logits_spread_over_ten_thousand(cuda, tokens, head_dim, dtype):
+@pytest.mark.parametrize("tokens, head_dim", ((50, 24), (50, 32), (197, 32), (257, 64)))
+def test_logits_spread_over_ten_thousand(cuda, tokens, head_dim, dtype, warpgroups):
+    cuda.warpgroups = warpgroups
     qkv, grad_out, _ = inputs(tokens, 1, head_dim, dtype, spread=800.0)
     assert 1e4 < attention_scores(qkv).abs().max() < 6e4  # float16 ends at 65504
     assert_both_accurate(cuda, qkv, grad_out, scale=1.0)
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, head_dim", ((50, 24), (50, 32), (197, 32)))
-def test_rows_of_very_negative_logits(cuda, tokens, head_dim, dtype):
+@pytest.mark.parametrize("tokens, head_dim", ((50, 24), (50, 32), (197, 32), (257, 64)))
+def test_rows_of_very_negative_logits(cuda, tokens, head_dim, dtype, warpgroups):
     """A padded column counted as a logit of 0 would outweigh these rows, whose log-sum-exp is near -2000."""
+    cuda.warpgroups = warpgroups
     qkv, grad_out, scale = inputs(tokens, 1, head_dim, dtype)
     qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0] = 100, -128
     assert torch.logsumexp(attention_scores(qkv) * scale, -1).max() < -90
@@ -164,11 +177,13 @@ def attention_scores(qkv):
     return query @ key.mT
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("part", (0, 1, 2), ids=("query", "key", "value"))
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")), ids=str)
 @pytest.mark.parametrize("head_dim", (16, 32))
-def test_nan_and_inf_come_out_where_the_formula_has_them(cuda, head_dim, part, value, dtype):
+def test_nan_and_inf_come_out_where_the_formula_has_them(cuda, head_dim, part, value, dtype, warpgroups):
+    cuda.warpgroups = warpgroups
     qkv, grad_out, scale = inputs(18, 2, head_dim, dtype)
     qkv[0, 5, part, 1, 3] = value
     out, expected = cuda.attention(qkv, scale), attention_formula(qkv.float(), scale)
@@ -182,10 +197,12 @@ def test_nan_and_inf_come_out_where_the_formula_has_them(cuda, head_dim, part, v
     assert torch.equal(grad[:, :, :, 0].isfinite(), expected[:, :, :, 0].isfinite())
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (16, 32))
-def test_a_key_that_nobody_looks_at_may_be_infinite(cuda, head_dim, dtype):
+def test_a_key_that_nobody_looks_at_may_be_infinite(cuda, head_dim, dtype, warpgroups):
     """Its logits are -inf and its weights 0, but for the zeros that stand for queries past the last one: 0 * inf."""
+    cuda.warpgroups = warpgroups
     qkv, grad_out, scale = inputs(18, 1, head_dim, dtype)
     qkv[:, :, 0, :, 3] = qkv[:, :, 0, :, 3].abs() + 0.1
     qkv[0, 5, 1, 0, 3] = -float("inf")
@@ -250,13 +267,15 @@ def padded(tensor, extra):
     return room[:, :, : tensor[0, 0].numel()].copy_(tensor.flatten(2)).unflatten(2, tensor.shape[2:])
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens, heads, head_dim", ((130, 1, 24), (114, 5, 32), (50, 5, 64), (197, 3, 32)))
-def test_the_order_in_which_threads_run_changes_no_bit(cuda, tokens, heads, head_dim, dtype):
+def test_the_order_in_which_threads_run_changes_no_bit(cuda, tokens, heads, head_dim, dtype, warpgroups):
     """A missing barrier, or a copy that is not waited for, would show: the schedules are each other's opposites.
 
     The emulated device runs two blocks at a time: of 3 and 5 heads, blocks go on to a second and a third.
     """
+    cuda.warpgroups = warpgroups
     if dtype is torch.float32 and head_dim in WHOLE:
         pytest.skip("float32 is streamed at any width")
     qkv, grad_out, scale = inputs(tokens, heads, head_dim, dtype)

@@ -52,6 +52,7 @@ class Emulator:
         self._process: subprocess.Popen | None = None
         self.schedule = SCHEDULES[0]
         self.max_shared = 227 * 1024  # bytes that a block may have
+        self.warpgroups = False  # whether four warps can multiply at once, as on sm_90
 
     def attention(self, qkv: Tensor, scale: float, out_offset: int = 0) -> Tensor:
         batch, tokens, _, heads, head_dim = qkv.shape
@@ -97,7 +98,7 @@ class Emulator:
         for shape, dtype in shapes:
             offset = out_offset * dtype.itemsize if shape.numel() else 0
             buffers += [shape.numel() * dtype.itemsize + offset, offset]
-        request = [operation, SCHEDULES.index(self.schedule), self.max_shared, *words, *buffers]
+        request = [operation, SCHEDULES.index(self.schedule), self.max_shared, int(self.warpgroups), *words, *buffers]
         try:
             self._process.stdin.write(" ".join(map(repr, request)).replace("'", "").encode() + b"\n")
             for storage in storages:

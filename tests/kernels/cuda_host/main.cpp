@@ -110,6 +110,7 @@ int main() {
     simt::schedule = static_cast<simt::Schedule>(word<int>());
     simt::random_state = 1;
     simt::max_shared = word<size_t>();
+    simt::warpgroups = word<int>();
     if (operation == "attention") attention();
     else if (operation == "attention_backward") attention_backward();
     else if (operation == "kd_loss") kd_loss();

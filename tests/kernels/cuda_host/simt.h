@@ -61,6 +61,8 @@ struct Thread {
   void* argument = nullptr;           // of the warp collective it waits in
   std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
   std::vector<Copy> open_group;
+  std::vector<std::vector<std::function<void()>>> committed;  // asynchronous products, oldest group first
+  std::vector<std::function<void()>> products;
 };
 
 struct Warp {
@@ -72,6 +74,7 @@ struct Warp {
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
+  std::vector<Warp> warpgroups;  // of four
   std::vector<uint32_t> ready;  // per warp, a bit per lane that can run
   int alive = 0, at_barrier = 0;
   int current = 0;
@@ -85,6 +88,8 @@ inline Block block;
 inline Schedule schedule = Schedule::ascending;
 inline uint64_t random_state = 1;
 inline size_t max_shared = 227 * 1024;  // of a block: sm_90 and sm_100; 163 KiB on sm_80, 99 on sm_86, sm_89, sm_120
+
+inline bool warpgroups = false;         // whether the device has wgmma
 
 inline uint32_t random_bits() {
   random_state = random_state * 6364136223846793005u + 1442695040888963407u;
@@ -148,6 +153,7 @@ inline void thread_main() {
   Thread& self = block.threads[block.current];
   for (const auto& group : self.groups) self.open_group.insert(self.open_group.end(), group.begin(), group.end());
   if (!self.open_group.empty()) fail("a thread ended without waiting for its copies");
+  if (!self.committed.empty() || !self.products.empty()) fail("a thread ended without waiting for its products");
   --block.alive;
   block.ready[block.current / kWarp] &= ~(1u << block.current % kWarp);
   resume_next(self.context, true);
@@ -172,20 +178,27 @@ inline void resume_next(Context& from, bool leaving) {
   if (&to != &from) jump(from, to, leaving);
 }
 
-// All 32 lanes meet; the last one to come runs `combine(arguments)` for all.
+// All threads of a group meet; the last one to come runs `combine(arguments)` for all.
+template <int kThreads, class Argument, class Combine>
+void collective(Warp& group, const void* operation, Argument& argument, Combine combine) {
+  const int first = block.current / kThreads * kThreads;
+  if (group.arrived++ == 0) group.operation = operation;
+  if (group.operation != operation) fail("the threads of a group are in different operations");
+  block.threads[block.current].argument = &argument;
+  if (group.arrived < kThreads) return wait();
+  Argument* arguments[kThreads];
+  for (int i = 0; i < kThreads; ++i) arguments[i] = static_cast<Argument*>(block.threads[first + i].argument);
+  combine(arguments);
+  group.arrived = 0;
+  for (int i = 0; i < kThreads; i += kWarp) block.ready[(first + i) / kWarp] = 0xffffffffu;
+}
 template <class Argument, class Combine>
 void warp_collective(const void* operation, Argument& argument, Combine combine) {
-  Warp& warp = block.warps[block.current / kWarp];
-  const int first = block.current / kWarp * kWarp;
-  if (warp.arrived++ == 0) warp.operation = operation;
-  if (warp.operation != operation) fail("the lanes of a warp are in different operations");
-  block.threads[block.current].argument = &argument;
-  if (warp.arrived < kWarp) return wait();
-  Argument* arguments[kWarp];
-  for (int i = 0; i < kWarp; ++i) arguments[i] = static_cast<Argument*>(block.threads[first + i].argument);
-  combine(arguments);
-  warp.arrived = 0;
-  block.ready[first / kWarp] = 0xffffffffu;
+  collective<kWarp>(block.warps[block.current / kWarp], operation, argument, combine);
+}
+template <class Argument, class Combine>
+void warpgroup_collective(const void* operation, Argument& argument, Combine combine) {
+  collective<4 * kWarp>(block.warpgroups[block.current / (4 * kWarp)], operation, argument, combine);
 }
 
 inline void* new_stack() {
@@ -199,12 +212,15 @@ inline void run_block(int threads, size_t shared_bytes, const std::function<void
   while (static_cast<int>(stacks.size()) < threads) stacks.push_back(new_stack());
   block.threads.assign(threads, Thread{});
   block.warps.assign(threads / kWarp, Warp{});
+  block.warpgroups.assign(threads / (4 * kWarp), Warp{});
   block.ready.assign(threads / kWarp, 0xffffffffu);
   block.alive = threads;
   block.at_barrier = 0;
   block.body = body;
   block.shared_bytes = shared_bytes;
-  block.shared = static_cast<unsigned char*>(std::malloc(shared_bytes));
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 1024, shared_bytes)) fail("no memory for shared memory");
+  block.shared = static_cast<unsigned char*>(shared);
   std::memset(block.shared, 0xff, shared_bytes);
   for (int i = 0; i < threads; ++i) {
     Context& context = block.threads[i].context;
