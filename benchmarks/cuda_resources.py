@@ -44,6 +44,8 @@ def measure(architectures: Sequence[str], folder: Path) -> list[dict]:
 def _compile(source: Path, architecture: str, folder: Path) -> list[dict]:
     sm = "sm_" + architecture.removesuffix("+PTX").replace(".", "")
     flags = ["-std=c++17", "-O3", f"-arch={sm}", "-Xptxas", "-v"]
+    if sm == "sm_90":  # as the build does: the code for just that architecture
+        flags[2:3] = ["-gencode=arch=compute_90a,code=sm_90a", "-DVITKD_SM90A"]
     command = [find_nvcc(), *flags, "-c", source, "-o", folder / f"{source.stem}.{sm}.o"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if result.returncode:
@@ -92,6 +94,8 @@ def _shared_memory(rows: list[dict], folder: Path) -> dict[tuple, int]:
         size = {
             "attention_head_forward": f"ForwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_head_backward": f"BackwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
+            "attention_hopper_forward": f"HopperForwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
+            "attention_hopper_backward": f"HopperBackwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_forward": f"{shape}::kForwardBytes",
             "attention_backward": f"{shape}::kBackwardBytes + statistics_bytes(kChunk, {shape}::kRows)",
             "kd_loss": f"shared_bytes({numbers[0]})",
@@ -99,7 +103,7 @@ def _shared_memory(rows: list[dict], folder: Path) -> dict[tuple, int]:
             "kd_difference": f"shared_bytes({numbers[0]})",
         }[kernel]
         lines.append(f'std::printf("%zu\\n", size_t({size}));')
-    sources = "attention_head", "attention_streamed", "kd_loss"
+    sources = "attention_head", "attention_hopper", "attention_streamed", "kd_loss"
     include = "".join(f'#include "{source}.cu"\n' for source in sources)
     program = f"{include}int main() {{\nusing namespace vitkd::cuda;\n" + "\n".join(lines) + "\n}\n"
     (folder / "shared.cpp").write_text(program)

@@ -159,7 +159,7 @@ sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 99 --print-limit 20 \
     "$PYTHON" benchmarks/sanitize.py --device cuda || return
   grep -q '^sanitized [1-9]' "$OUT/sanitize_$tool.log" || { echo "the driver did not finish"; return 1; }
-  grep -E 'ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards' "$OUT/sanitize_$tool.log" ||
+  grep -qE 'ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards' "$OUT/sanitize_$tool.log" ||
     { echo "$tool printed no clean summary"; return 1; }
 }
 

@@ -1,6 +1,6 @@
 """A small driver for a profiler such as Nsight Compute: our attention and kd_loss kernels, each once per size, warm.
 
-    ncu --clock-control none --set full --nvtx --nvtx-include measured/ python benchmarks/profiled.py
+ncu --clock-control none --set full --nvtx --nvtx-include measured/ python benchmarks/profiled.py
 """
 
 import argparse
@@ -18,9 +18,9 @@ def main() -> None:
     arguments = parser.parse_args()
     import vitkd_fast  # noqa: F401  registers the ops
 
-    calls = [
-        call for size in arguments.shapes for call in attention_calls(size, arguments.device)
-    ] + [kd_loss_call(*size, arguments.device) for size in LOGITS]
+    calls = [call for size in arguments.shapes for call in attention_calls(size, arguments.device)] + [
+        kd_loss_call(*size, arguments.device) for size in LOGITS
+    ]
     for call in calls:
         call()
     with torch.cuda.nvtx.range("measured"):

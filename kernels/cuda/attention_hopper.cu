@@ -83,19 +83,24 @@ struct HopperForward {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const float before = shift[row];
-          const float now = fmaxf(fmaxf(before, largest(scores, row) * factor), kLowest);  // exp2(-inf - now) is not NaN
+          const float now = fmaxf(fmaxf(before, largest(scores, row)), kLowest);  // exp2(-inf - now) is 0, not NaN
           shift[row] = now;
           if (kFirst > 0) {
-            const float correction = fast_exp2(before - now);
+            const float correction = fast_exp2((before - now) * factor);
             sum[row] *= correction;
 #pragma unroll
             for (int i = 0; i < D / 4; ++i) out[i / 2][2 * row + i % 2] *= correction;
           }
+          // One fma is as good only where the largest weight rounds to 1 all the same.
+          constexpr bool kFused = std::is_same_v<T, bfloat16>;
+          const float scaled = fmaxf(now * factor, kLowest);
+          const auto weight = [&](float score) {
+            return fast_exp2(kFused ? fmaf(score, factor, -scaled) : (score - now) * factor);
+          };
 #pragma unroll
           for (int i = 0; i < 2 * kPart; ++i) {
             const float (&four)[4] = scores[i / 2][i % 2];
-            const float left = fast_exp2(fmaf(four[2 * row], factor, -now));
-            const float right = fast_exp2(fmaf(four[2 * row + 1], factor, -now));
+            const float left = weight(four[2 * row]), right = weight(four[2 * row + 1]);
             sum[row] += left;
             sum[row] += right;
             weights[i / 2][i % 2 * 2 + row] = pack<T>(left, right);
@@ -403,7 +408,7 @@ __global__ void __launch_bounds__(HopperBackwardShape<D, kTiles>::kThreads, 1)
   copy_async_wait<0>();
 }
 
-struct Queue {
+struct HopperQueue {
   template <class T, int D, int kBelow, int kTiles>
   static bool run(const Attention& p, float scale_log2, void* stream, const char*& error) {
     if constexpr (kTiles < 4) return false;  // 64 queries at a time are too many
@@ -428,16 +433,16 @@ struct Queue {
   }
 };
 
-using ForwardSizes = Sizes<2, 4, 5, 7, 10, 13, 17>;
-using BackwardSizes = Sizes<10, 13>;
+using HopperForwardSizes = Sizes<2, 4, 5, 7, 10, 13, 17>;
+using HopperBackwardSizes = Sizes<10, 13>;
 
 }  // namespace
 
 bool queue_hopper(const Attention& p, void* stream, const char*& error) {
-  return has_warpgroups() && queue_sizes<Queue, ForwardSizes>(p, stream, error);
+  return has_warpgroups() && queue_sizes<HopperQueue, HopperForwardSizes>(p, stream, error);
 }
 bool queue_hopper(const AttentionBackward& p, void* stream, const char*& error) {
-  return has_warpgroups() && queue_sizes<Queue, BackwardSizes>(p, stream, error);
+  return has_warpgroups() && queue_sizes<HopperQueue, HopperBackwardSizes>(p, stream, error);
 }
 
 }  // namespace vitkd::cuda

@@ -76,23 +76,9 @@ def _dot(a, b):
 
 
 @triton.jit
-def _halves(tile):
-    """Of its columns; each is as wide as a product needs."""
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _scores(a, b, NEGATIVE: tl.constexpr):
-    """a @ bᵀ, not scaled yet, the sign turned where the scale is negative, so that the largest weighs most.
-
-    In float32 two sums are added: one over the whole head_dim would round twice as much, and an exponent tells.
-    """
-    if a.dtype == tl.float32 and a.shape[1] >= 32:
-        a_left, a_right = _halves(a)
-        b_left, b_right = _halves(b)
-        scores = _dot(a_left, tl.trans(b_left)) + _dot(a_right, tl.trans(b_right))
-    else:
-        scores = _dot(a, tl.trans(b))
+    """a @ bᵀ, not scaled yet, the sign turned where the scale is negative, so that the largest weighs most."""
+    scores = _dot(a, tl.trans(b))
     if NEGATIVE:
         scores = -scores
     return scores

@@ -18,6 +18,7 @@ cuda_resources = importlib.import_module("cuda_resources")
 pytestmark = pytest.mark.skipif(cuda_resources.find_nvcc() is None, reason="there is no nvcc")
 
 INSTRUCTIONS = {
+    "tensor core of four warps": r"\bHGMMA\S*\.BF16\b",
     "tensor core": r"\bHMMA\.16816\.F32\.BF16\b",
     "16-byte copy to shared memory": r"\bLDGSTS\S*\.128\b",
     "16-byte load": r"\bLDG\S*\.128\b",
@@ -50,6 +51,8 @@ def expected():
             for width in (32, 64):
                 yield from (("attention_head_forward", dtype, f"{width}, {size}") for size in FORWARD)
                 yield from (("attention_head_backward", dtype, f"{width}, {size}") for size in BACKWARD)
+                yield from (("attention_hopper_forward", dtype, f"{width}, {size}") for size in FORWARD[1:])
+                yield "attention_hopper_backward", dtype, f"{width}, {BACKWARD[-1]}"
         for each in (run, 1):
             for team in ("32, 8", "64, 16", "256, 16"):
                 yield "kd_difference", dtype, f"{team}, {each}"
@@ -90,6 +93,9 @@ def test_shared_memory_fits_the_gpus(compiled):
             for kilobytes in longest:
                 if row["arguments"].startswith("64") and row["shared_bytes"] <= kilobytes * 1024:
                     longest[kilobytes] = max(longest[kilobytes], 16 * size)
+        elif kernel.startswith("attention_hopper"):
+            blocks = 1 if kernel.endswith("backward") else 2 if size > 7 else 5
+            assert blocks * (row["shared_bytes"] + 1024) <= 228 * 1024, row
         else:
             assert row["shared_bytes"] <= 99 * 1024, row
     assert longest == {99: 112, 163: 160, 227: 208}
@@ -143,6 +149,17 @@ def test_machine_code_of_whole_heads(counts):
     assert backward["16-byte store"] == 2 * 3 * 4 and backward["narrower store"] == 0, backward
     assert backward["8x8 matrices to shared memory"] == 2 * 2 * 13, backward
     assert forward["atomic"] == backward["atomic"] == 0
+
+
+def test_machine_code_of_whole_heads_on_hopper(counts):
+    """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys after that."""
+    forward = counts("attention_hopper", "attention_hopper_forward", 64, 10, 13)
+    assert forward["tensor core of four warps"] == 3 * 4 + 13 and forward["tensor core"] == 0, forward
+    assert forward["16-byte store"] == 4 and forward["narrower store"] == 0, forward
+    backward = counts("attention_hopper", "attention_hopper_backward", 64, 10, 13)
+    assert backward["tensor core of four warps"] == 2 * 4 + 4 + 3 * 13, backward  # a group's two blocks of scores
+    assert backward["8x8 matrices to shared memory"] == 3 * 13, backward
+    assert forward["atomic"] == backward["atomic"] == forward["register spill"] == backward["register spill"] == 0
 
 
 def test_machine_code_of_the_loss(counts):
