@@ -261,7 +261,6 @@ struct Backward {
                                 if (my_first >= p.tokens) return;
                                 float weights[S::kColumns / 8][4] = {}, grads[S::kColumns / 8][4] = {};
                                 multiply_transposed<T, D>(weights, mine(0), queries);
-                                multiply_transposed<T, D>(grads, mine(1), grad_out);
                                 const int first = static_cast<int>(column - chunk);
 #pragma unroll
                                 for (int i = 0; i < S::kColumns / 2; ++i) {
@@ -269,9 +268,14 @@ struct Backward {
                                   float& weight = weights[i / 4][i % 4];
                                   const float factor = inverse[query];  // 0: no such query, and 0 * inf may be here
                                   weight = factor == 0 ? 0 : scale.weight(scale.logit(weight), shift[query]) * factor;
-                                  grads[i / 4][i % 4] = weight * (grads[i / 4][i % 4] - delta[query]);
                                 }
                                 multiply<T, D>(grad_value, weights, grad_out);
+                                multiply_transposed<T, D>(grads, mine(1), grad_out);
+#pragma unroll
+                                for (int i = 0; i < S::kColumns / 2; ++i) {
+                                  const int query = first + i / 4 * 8 + accumulator_column(lane, i % 4);
+                                  grads[i / 4][i % 4] = weights[i / 4][i % 4] * (grads[i / 4][i % 4] - delta[query]);
+                                }
                                 multiply<T, D>(grad_key, grads, queries);
                               });
     const float factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)}, one[2] = {1, 1};

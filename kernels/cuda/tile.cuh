@@ -76,7 +76,7 @@ __device__ __forceinline__ void multiply_transposed(float (&product)[kTiles][4],
     const float* a_low = a + accumulator_row(lane, 0) * kP;
     const float* a_high = a + accumulator_row(lane, 2) * kP;
     const float* b_even = b + accumulator_column(lane, 0) * kP;
-#pragma unroll 2
+#pragma unroll (D == 96 ? 1 : 2)
     for (int k = 0; k < D; k += 4) {
       const auto low = *reinterpret_cast<const Vector<float>*>(a_low + k);
       const auto high = *reinterpret_cast<const Vector<float>*>(a_high + k);
@@ -134,7 +134,7 @@ __device__ __forceinline__ void multiply(float (&product)[D / 8][4], const float
       }
 #pragma unroll
       for (int i = 0; i < 4 * kPart; ++i) product[first + i / 4][i % 4] += part[i / 4][i % 4];
-      __syncwarp();
+      if (D > 64) __syncwarp();
     }
   } else {
 #pragma unroll
