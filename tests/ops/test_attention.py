@@ -68,7 +68,9 @@ def check(op, qkv, grad_out, scale=None):
     exact = attention_backward_formula(grad_out.double(), qkv.double(), scale)
     formula = attention_backward_formula(grad_out, qkv, scale)
     assert_follows_rule(grad, exact, formula, "grad_qkv")
-    if qkv.shape[1] > 1:  # one token has softmax 1: its query and key gradients are 0, and rounding is all there is
+    # Of one token, or of tokens that are all alike, the weights do not depend on the scores: query and key gradients
+    # are 0, and what is there is the rounding of a few sums, one for each head, of which a maximum would be chance.
+    if not (qkv == qkv[:, :1]).all():
         for i, name in enumerate(("grad_query", "grad_key", "grad_value")):
             assert_follows_rule(grad[:, :, i], exact[:, :, i], formula[:, :, i], name)
 
@@ -333,5 +335,7 @@ def test_public_function_and_its_gradient(device, head_dim, dtype):
     assert_follows_rule(out, attention_formula(qkv.double(), scale), attention_formula(qkv, scale), "out")
     ones = torch.ones_like(out)
     exact = attention_backward_formula(ones.double(), qkv.detach().double(), scale)
-    assert_follows_rule(grad, exact, attention_backward_formula(ones, qkv.detach(), scale), "grad_qkv")
+    formula = attention_backward_formula(ones, qkv.detach(), scale)
+    # Under a sum all channels of a value's gradient are one number, and all keys share their queries' denominators.
+    assert_follows_rule(grad, exact, formula, "grad_qkv", correlated=65 * head_dim)
     assert out.is_contiguous()
