@@ -2,10 +2,10 @@
 // a row of up to 4096 classes in registers; a longer one is read again for each sweep.
 //
 // 4096 x 1000 in bfloat16 are 33 MB, 6.8 us of an H200's 4.8 TB/s. In that time its 528 schedulers (1.755 GHz) issue 49
-// instructions for 32 pairs of logits, 98 in float32. By the machine code for sm_90, both gradients wanted, kl takes 35
-// and 49, js 54 and 75: kl leaves the time to memory. What brings it there is one exponential per logit, kept in its
-// register for the gradients (five cost 98 instructions), and the kind known to the compiler. Of the 35, 20 are of a
-// pair and 15 of the row, shared by the 16 pairs of a thread: addresses, two reductions, two reciprocals, a logarithm.
+// instructions for 32 pairs of logits, 98 in float32. By the machine code for sm_90, both gradients wanted, kl takes 29
+// (two warps a row took 34), js 54: kl leaves the time to memory. What brings it there is one exponential per logit, kept
+// in its register for the gradients (five cost 98 instructions), the kind known to the compiler, and that what is of a
+// row, addresses, two reductions, two reciprocals and a logarithm, is shared by the 32 pairs of a thread.
 #include "../kernels.h"
 #include "device.cuh"
 
@@ -80,16 +80,16 @@ __device__ float exponential(float x) {
   else return expf(x);
 }
 
-// log((1 + x) / 2) for x in [0, 1], within 1e-7; exactly 0 at 1, so that equal logits have no divergence. Of all such
-// polynomials that of least absolute error; log1pf would be twice as long.
+// log((1 + x) / 2) for x in [0, 1], as 2 artanh((x - 1) / (x + 3)): within 3e-9 and some roundings of the result itself,
+// not of 1, since networks that converge have only x near 1, where the result is small and an error of the polynomial
+// would be a bias. Exactly 0 at 1, so that equal logits have no divergence.
 __device__ float log_half_1p(float x) {
-  constexpr float terms[] = {-0.0059933584f, -0.013658599f, -0.020256097f, -0.0050757749f,
-                             -0.01966631f,   0.04090138f,   -0.12506606f,  0.49999831f};
-  const float y = x - 1;
-  float result = terms[0];
-#pragma unroll
-  for (int i = 1; i < 8; ++i) result = fmaf(result, y, terms[i]);
-  return result * y;
+  const float z = (x - 1) * reciprocal(x + 3), square = z * z;
+  float terms = 0.28429255f;
+  terms = fmaf(terms, square, 0.2790653f);
+  terms = fmaf(terms, square, 0.40028295f);
+  terms = fmaf(terms, square, 0.6666627f);
+  return z * fmaf(terms, square, 2);
 }
 
 // One access to a row: kRun neighbours, as 32-bit words if there are that many, which unpack in an instruction a value.
@@ -197,17 +197,17 @@ struct Slice {
 enum Side { kStudent, kTeacher };
 constexpr int kDifference = 2, kExcess = 3;
 
-// An SM holds 32 blocks at most, so teams of one warp share one: 64 warps instead of 32.
-constexpr int threads_of_block(int team) { return team == kWarp ? 4 * kWarp : team; }
+// An SM holds 32 blocks at most, so warps that need few registers share one: 64 instead of 32.
+constexpr int threads_of_block(int team, int held) { return team * held <= 256 ? 4 * kWarp : team; }
 
 // A row of logits and what its team knows of it, step by step. q, p: softmax of student and teacher; m: their mean.
 // Logits count from the row's largest, which is exact for those that matter; exponents are scale times that.
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 struct Row {
   using Piece = Slice<T, kTeam, kHeld, kRun>;
-  static constexpr int kTeams = threads_of_block(kTeam) / kTeam;
+  static constexpr int kTeams = threads_of_block(kTeam, kHeld) / kTeam;
   static constexpr bool kJs = kKind == static_cast<int>(KDKind::js);
-  static constexpr bool kShort = kTeam == kWarp;
+  static constexpr bool kShort = kTeam * kHeld <= 256;
   static constexpr bool kTwoRounds = kJs || kShort;  // kl alone can sum p (t - s) before it knows what p sums to
   static constexpr bool kPowerOf2 = sizeof(T) == 2 && !kShort;
   static constexpr float kNats = kPowerOf2 ? 0.6931471805599453f : 1;  // in one unit of an exponent
@@ -328,7 +328,8 @@ struct Row {
     const int64_t offset = index * p.classes + begin;
     const float factor = p.temperature * p.weight * (kJs ? 0.5f : 1.0f);
     const float of_s = factor * per_sum.of[kStudent], of_t = factor * per_sum.of[kTeacher];
-    const float of_ratio = (kTwoRounds ? factor : p.weight) * per_sum.of[kTeacher];  // t - s is not divided by T yet
+    const float of_ratio = kTwoRounds ? 1 : p.scale_e;  // a kl of one round has not divided t - s by T yet
+    const float mean = means.of[kTeacher] * of_ratio;
     if (p.student_grad)
       piece.store(static_cast<T*>(p.student_grad) + offset, [&](int i) {
         if (kJs) return x.s[i] * of_s * (x.ratio_s[i] - means.of[kStudent]);
@@ -336,13 +337,13 @@ struct Row {
       });
     if (p.teacher_grad)
       piece.store(static_cast<T*>(p.teacher_grad) + offset,
-                  [&](int i) { return x.t[i] * of_ratio * (x.ratio_t[i] - means.of[kTeacher]); });
+                  [&](int i) { return x.t[i] * of_t * fmaf(x.ratio_t[i], of_ratio, -mean); });
   }
 };
 
 // kl and js of a row that fits the team's registers. (Without the 1, ptxas spills four bytes of js for sm_100.)
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
-__global__ void __launch_bounds__(threads_of_block(kTeam), 1) kd_loss_kernel(const Arguments p) {
+__global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_kernel(const Arguments p) {
   Row<T, kTeam, kHeld, kRun, kKind> row{p};
   if (row.index >= p.rows) return;  // a whole team
   const auto piece = row.piece(0);
@@ -406,7 +407,7 @@ __global__ void __launch_bounds__(kTeam, 1024 / kTeam) kd_loss_long_kernel(const
 
 // l1 and mse of any row, in one sweep: a gradient needs its own pair of logits alone.
 template <class T, int kTeam, int kHeld, int kRun>
-__global__ void __launch_bounds__(threads_of_block(kTeam)) kd_difference_kernel(const Arguments p) {
+__global__ void __launch_bounds__(threads_of_block(kTeam, kHeld)) kd_difference_kernel(const Arguments p) {
   Row<T, kTeam, kHeld, kRun, 0> row{p};
   if (row.index >= p.rows) return;  // a whole team
   const float per_class = 1 / static_cast<float>(p.classes);
@@ -431,31 +432,35 @@ __global__ void __launch_bounds__(threads_of_block(kTeam)) kd_difference_kernel(
   if (row.member == 0) p.loss[row.index] = loss.of[0] / static_cast<float>(p.classes);
 }
 
-template <int kTeam>
+template <int kTeam, int kHeld>
 const char* queue_rows(void (*kernel)(Arguments), const Arguments& p, void* stream) {
-  constexpr int kThreads = threads_of_block(kTeam), kRows = kThreads / kTeam;
+  constexpr int kThreads = threads_of_block(kTeam, kHeld), kRows = kThreads / kTeam;
   return launch(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kTeam), stream, p);
 }
 
-// 1000 classes go to two warps, 16 a thread: 125 vectors of bfloat16 fill 98 % of their 128 places. The 72 registers of
-// kl (js: 80) let 14 rows (12) into an SM with 4 KB of loads each, where bandwidth times latency (2.4 TB/s of reads,
-// 0.7 us, 132 SMs) asks for 13 KB, and 256 rows give 128 SMs a warp for each scheduler. One warp a row would take 25 %
-// fewer instructions for kl, but js would not fit its registers, and few rows would wait twice as long for the last.
+// kl of up to 1024 half-precision classes goes to one warp, 32 a thread: 125 vectors of bfloat16 fill 98 % of their 128
+// places, no barrier, and what is of a row and not of a pair is done once. At 120 registers an SM has 17 rows of 4 KB
+// on their way, so that 4096 rows are not three turns of its 132, as with two warps a row and 14 rows, but two. js would
+// not fit the registers of one warp, and float32 would sum 32 terms in a row where 16 are as precise as the formula.
 template <class T, int kRun, int kKind>
 const char* queue_softmax(const Arguments& p, void* stream) {
-  if (p.classes <= 256) return queue_rows<32>(kd_loss_kernel<T, 32, 8, kRun, kKind>, p, stream);
-  if (p.classes <= 1024) return queue_rows<64>(kd_loss_kernel<T, 64, 16, kRun, kKind>, p, stream);
-  if (p.classes <= 4096) return queue_rows<256>(kd_loss_kernel<T, 256, 16, kRun, kKind>, p, stream);
-  return queue_rows<512>(kd_loss_long_kernel<T, 512, 8, kRun, kKind>, p, stream);
+  if (p.classes <= 256) return queue_rows<32, 8>(kd_loss_kernel<T, 32, 8, kRun, kKind>, p, stream);
+  if (p.classes <= 1024) {
+    if constexpr (sizeof(T) == 2 && kKind == static_cast<int>(KDKind::kl))
+      return queue_rows<32, 32>(kd_loss_kernel<T, 32, 32, kRun, kKind>, p, stream);
+    else return queue_rows<64, 16>(kd_loss_kernel<T, 64, 16, kRun, kKind>, p, stream);
+  }
+  if (p.classes <= 4096) return queue_rows<256, 16>(kd_loss_kernel<T, 256, 16, kRun, kKind>, p, stream);
+  return queue_rows<512, 8>(kd_loss_long_kernel<T, 512, 8, kRun, kKind>, p, stream);
 }
 
 template <class T, int kRun>
 const char* queue_kind(KDKind kind, const Arguments& p, void* stream) {
   if (kind == KDKind::kl) return queue_softmax<T, kRun, static_cast<int>(KDKind::kl)>(p, stream);
   if (kind == KDKind::js) return queue_softmax<T, kRun, static_cast<int>(KDKind::js)>(p, stream);
-  if (p.classes <= 256) return queue_rows<32>(kd_difference_kernel<T, 32, 8, kRun>, p, stream);
-  if (p.classes <= 1024) return queue_rows<64>(kd_difference_kernel<T, 64, 16, kRun>, p, stream);
-  return queue_rows<256>(kd_difference_kernel<T, 256, 16, kRun>, p, stream);
+  if (p.classes <= 256) return queue_rows<32, 8>(kd_difference_kernel<T, 32, 8, kRun>, p, stream);
+  if (p.classes <= 1024) return queue_rows<64, 16>(kd_difference_kernel<T, 64, 16, kRun>, p, stream);
+  return queue_rows<256, 16>(kd_difference_kernel<T, 256, 16, kRun>, p, stream);
 }
 
 template <class T>

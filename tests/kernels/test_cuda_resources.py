@@ -56,7 +56,9 @@ def expected():
         for each in (run, 1):
             for team in ("32, 8", "64, 16", "256, 16"):
                 yield "kd_difference", dtype, f"{team}, {each}"
-                yield from (("kd_loss", dtype, f"{team}, {each}, {kind}") for kind in (0, 2))
+                kl = "32, 32" if team == "64, 16" and dtype != "float32" else team
+                yield "kd_loss", dtype, f"{kl}, {each}, 0"
+                yield "kd_loss", dtype, f"{team}, {each}, 2"
             yield from (("kd_loss_long", dtype, f"512, 8, {each}, {kind}") for kind in (0, 2))
 
 
@@ -76,6 +78,7 @@ def test_registers_allow_the_blocks_that_an_sm_should_hold(compiled):
     limits = {
         "attention_head_forward": {"5, 7": 128, "7, 10": 168, "10, 13": 128, "13, 17": 168},
         "attention_head_backward": {"2, 4": 128, "4, 5": 128, "7, 10": 168},
+        "kd_loss": {"32, 8, 0": 128},  # 1000 classes: 16 rows and more
     }
     for row in compiled[0]:
         size = row["arguments"].partition(", ")[2]
@@ -149,7 +152,7 @@ def test_machine_code_of_whole_heads(counts):
     assert backward["16-byte store"] == 2 * 3 * 4 and backward["narrower store"] == 0, backward
     assert backward["8x8 matrices to shared memory"] == 2 * 2 * 13, backward
     assert forward["atomic"] == backward["atomic"] == 0
-
+    """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys then."""
 
 def test_machine_code_of_whole_heads_on_hopper(counts):
     """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys after that."""
@@ -163,9 +166,9 @@ def test_machine_code_of_whole_heads_on_hopper(counts):
 
 
 def test_machine_code_of_the_loss(counts):
-    """A thread has 16 classes of both rows: each is loaded, exponentiated and written once."""
-    found = counts("kd_loss", "kd_loss", 64, 16, 8, 0)
-    assert found["16-byte load"] >= 4 and found["16-byte store"] == 4, found
-    assert found["narrower store"] <= 1 + 32, found  # the loss, and rows that are not aligned
-    assert 32 <= found["exponential"] <= 36, found
+    """A thread has 32 classes of both rows: each is loaded, exponentiated and written once."""
+    found = counts("kd_loss", "kd_loss", 32, 32, 8, 0)
+    assert found["16-byte load"] >= 8 and found["16-byte store"] == 8, found
+    assert found["narrower store"] <= 1 + 64, found  # the loss, and rows that are not aligned
+    assert 64 <= found["exponential"] <= 68, found
     assert found["atomic"] == found["register spill"] == 0, found
