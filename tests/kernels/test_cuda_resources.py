@@ -155,7 +155,7 @@ def test_machine_code_of_whole_heads(counts):
     """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys then."""
 
 def test_machine_code_of_whole_heads_on_hopper(counts):
-    """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys after that."""
+    """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys then."""
     forward = counts("attention_hopper", "attention_hopper_forward", 64, 10, 13)
     assert forward["tensor core of four warps"] == 3 * 4 + 13 and forward["tensor core"] == 0, forward
     assert forward["16-byte store"] == 4 and forward["narrower store"] == 0, forward
