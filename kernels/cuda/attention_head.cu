@@ -156,27 +156,10 @@ struct HeadBackward {
 
   // The softmax of a strip's scores.
   __device__ void weigh(Operands& weights, const Strip<D>& my_queries) const {
-    const float factor = fabsf(scale_log2);
     Scores<kTiles> scores = {};
     multiply_transposed<T, D, kBelow + 1>(scores, my_queries, keys, tiles(), sign_of(scale_log2));
     hide_from<kBelow>(tokens, scores);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float shift = largest(scores, row) * factor;
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
-        float& score = scores[i / 4][i / 2 % 2][2 * row + i % 2];
-        score = fast_exp2(fmaf(score, factor, -shift));
-        sum += score;
-      }
-      const float inverse = reciprocal(quad_sum(sum));
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float (&four)[4] = scores[i / 2][i % 2];
-        weights[i / 2][i % 2 * 2 + row] = pack<T>(four[2 * row] * inverse, four[2 * row + 1] * inverse);
-      }
-    }
+    softmax<T>(weights, scores, fabsf(scale_log2));
   }
 
   // Queries that are not there weigh nothing, even where a key is infinite.
@@ -261,15 +244,7 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
     bring<T, D, S::kRows, S::kThreads>(matrix, rows_of<T>(p, part, owner), my.tokens, threadIdx.x);
   };
   auto bring_grads = [&](const Owner& owner) {
-    const auto& stride = p.grad_out_stride;
-    const T* data = static_cast<const T*>(p.grad_out) + owner.batch * stride[0] + owner.head * stride[2];
-    const HeadRows<const T> rows{data, static_cast<int>(stride[1])};
-    bring<T, D, S::kRows, S::kThreads>(my.grads, rows, my.tokens, threadIdx.x);
-  };
-  auto grad_rows = [&](Part part, const Owner& owner) {
-    const int width = static_cast<int>(p.heads) * D;
-    T* data = static_cast<T*>(p.grad_qkv) + (owner.batch * p.tokens * 3 + part) * width + owner.head * D;
-    return HeadRows<T>{data, 3 * width};
+    bring<T, D, S::kRows, S::kThreads>(my.grads, grad_out_rows<T>(p, owner), my.tokens, threadIdx.x);
   };
   Strip<D> my_queries[S::kStrips];
   auto load_queries = [&](const Owner& owner) {
@@ -311,7 +286,7 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
     if (my.present(0)) {
       float grad_value[S::kStrips][D / 8][4] = {};
       my.multiply_columns(grad_value, my.grads);
-      my.store(grad_rows(kValue, owner), grad_value, 1);
+      my.store(grad_rows<T, D>(p, kValue, owner), grad_value, 1);
       __syncwarp();  // or the keys would be loaded before there are registers for them
       float grad_query[S::kStrips][D / 8][4] = {};
 #pragma unroll
@@ -322,7 +297,7 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
         for (int i = 0; i < 4 * S::kStrips; ++i) operands[i / 4][i % 4] = grad_scores[i / 4][tile][i % 4];
         multiply<T, D>(grad_query, operands, my.keys, tile * 16);
       }
-      my.store(grad_rows(kQuery, owner), grad_query, scale);
+      my.store(grad_rows<T, D>(p, kQuery, owner), grad_query, scale);
     }
     __syncthreads();  // nobody reads weights, keys or grads any more
     if (!last) {
@@ -339,7 +314,7 @@ __global__ void __launch_bounds__(BackwardShape<D, kTiles>::kThreads, BackwardSh
     if (my.present(0)) {
       float grad_key[S::kStrips][D / 8][4] = {};
       my.multiply_columns(grad_key, my.queries);
-      my.store(grad_rows(kKey, owner), grad_key, scale);
+      my.store(grad_rows<T, D>(p, kKey, owner), grad_key, scale);
     }
   }
 }

@@ -21,19 +21,34 @@ __device__ __forceinline__ uint64_t name_of(const T* matrix) {
 }
 __device__ constexpr uint64_t further(int elements) { return elements * 2 / 16; }
 
-// scores (64 x 16*kTiles) = queries keys^T, of 64 queries from `queries` on.
-template <class T, int D, int kTiles>
-__device__ __forceinline__ void score(Scores<kTiles>& scores, const T* queries, const T* keys) {
-  auto& c = flat<8 * kTiles>(scores);
-  const uint64_t a = name_of<D>(queries), b = name_of<D>(keys);
+// c = the sum of the products that `issue(k)` starts for each k below kCount, waited for.
+template <int kCount, int kRegisters, class Issue>
+__device__ __forceinline__ void sum_products(float (&c)[kRegisters], Issue issue) {
   pin(c);
   warpgroup_begin();
 #pragma unroll
-  for (int k = 0; k < D / 16; ++k)
-    WarpgroupProduct<T, kTiles>::template run<false, false>(c, a + further(k * 16), b + further(k * 16), k > 0);
+  for (int k = 0; k < kCount; ++k) issue(k);
   warpgroup_commit();
   warpgroup_wait<0>();
   pin(c);
+}
+
+// product (64 x 16*kTiles) = left right^T, of 64 rows from `left` on.
+template <class T, int D, int kTiles>
+__device__ __forceinline__ void multiply_by_rows(Scores<kTiles>& product, const T* left, const T* right) {
+  auto& c = flat<8 * kTiles>(product);
+  const uint64_t a = name_of<D>(left), b = name_of<D>(right);
+  sum_products<D / 16>(c, [&](int k) {
+    WarpgroupProduct<T, kTiles>::template run<false, false>(c, a + further(k * 16), b + further(k * 16), k > 0);
+  });
+}
+
+// What this thread has asked to be copied, but for the last kPending groups, and what all have written is there for products.
+template <int kPending>
+__device__ __forceinline__ void await_all_but() {
+  copy_async_wait<kPending>();
+  publish_to_warpgroups();
+  __syncthreads();
 }
 
 // The largest score must be the largest logit: where `scale` is negative, all change their signs.
@@ -76,7 +91,7 @@ struct HopperForward {
     uint32_t weights[kPart][4] = {};
     {
       Scores<kPart> scores;
-      score<T, D, kPart>(scores, queries, keys + kFirst * 16 * D);
+      multiply_by_rows<T, D>(scores, queries, keys + kFirst * 16 * D);
       if (present) {
         turn(scores, scale_log2);
         if constexpr (kFull < kPart) hide_from<(kFull > 0 ? kFull : 0)>(tokens - kFirst * 16, scores);
@@ -111,14 +126,9 @@ struct HopperForward {
     await_values();
     auto& c = flat<D / 2>(out);
     const uint64_t b = name_of<D>(values + kFirst * 16 * D);
-    pin(c);
-    warpgroup_begin();
-#pragma unroll
-    for (int tile = 0; tile < kPart; ++tile)
+    sum_products<kPart>(c, [&](int tile) {
       WarpgroupProduct<T, D / 16>::template run<true>(c, weights[tile], b + further(tile * 16 * D), kFirst + tile > 0);
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    pin(c);
+    });
     if constexpr (kFirst + kPart < kTiles) add<kFirst + kPart>(present, [] {});
   }
 };
@@ -137,17 +147,12 @@ __global__ void __launch_bounds__(HopperForwardShape<D, kTiles>::kThreads, Hoppe
   const auto bring_part = [&](T* matrix, Part part) {
     bring<T, D, S::kRows, S::kThreads>(matrix, rows_of<T>(p, part, owner), tokens, threadIdx.x);
   };
-  const auto await_all_but = [](auto pending) {
-    copy_async_wait<decltype(pending)::value>();
-    publish_to_warpgroups();
-    __syncthreads();
-  };
   bring_part(queries, kQuery);
   bring_part(keys, kKey);
   copy_async_commit();
   bring_part(values, kValue);
   copy_async_commit();
-  await_all_but(std::integral_constant<int, 1>{});
+  await_all_but<1>();
 
   T* const data = static_cast<T*>(p.out) + (owner.batch * p.tokens * p.heads + owner.head) * D;
   const HeadRows<T> to{data, static_cast<int>(p.heads) * D};
@@ -158,7 +163,7 @@ __global__ void __launch_bounds__(HopperForwardShape<D, kTiles>::kThreads, Hoppe
     HopperForward<T, D, kBelow, kTiles> my{
         queries + block * kBlockRows * D, keys, values, tokens, scale_log2, {}, {-kInfinity, -kInfinity}, {0, 0}};
     my.template add<0>(present, [&] {
-      if (block == group) await_all_but(std::integral_constant<int, 0>{});  // every group has such a block
+      if (block == group) await_all_but<0>();  // every group has such a block
     });
     if (!present) continue;
     const float inverse[2] = {reciprocal(quad_sum(my.sum[0])), reciprocal(quad_sum(my.sum[1]))};
@@ -212,38 +217,16 @@ struct HopperBackward {
 
   // The softmax of 64 queries' scores.
   __device__ __forceinline__ void weigh(const Strip<D>& my_queries, int block) const {
-    const float factor = fabsf(scale_log2);
     const int row = first(block);
     Operands weights;
     Scores<kTiles> scores;
     auto& c = flat<8 * kTiles>(scores);
     const uint64_t b = name_of<D>(keys);
-    pin(c);
-    warpgroup_begin();
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k)
+    sum_products<D / 16>(c, [&](int k) {
       WarpgroupProduct<T, kTiles>::template run<false>(c, my_queries.registers[k], b + further(k * 16), k > 0);
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    pin(c);
+    });
     hide_from<kBelow>(tokens, scores);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float shift = largest(scores, half) * factor;
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
-        float& score = scores[i / 4][i / 2 % 2][2 * half + i % 2];
-        score = fast_exp2(fmaf(score, factor, -shift));
-        sum += score;
-      }
-      const float inverse = reciprocal(quad_sum(sum));
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float (&four)[4] = scores[i / 2][i % 2];
-        weights[i / 2][i % 2 * 2 + half] = pack<T>(four[2 * half] * inverse, four[2 * half + 1] * inverse);
-      }
-    }
+    softmax<T>(weights, scores, fabsf(scale_log2));
     clear_beyond(weights, row);
     if (row < S::kRows) exchange(weights, row);
   }
@@ -253,16 +236,7 @@ struct HopperBackward {
   __device__ __forceinline__ void differentiate(int block) const {
     const int row = first(block);
     Scores<kTiles> grad_weights;
-    auto& c = flat<8 * kTiles>(grad_weights);
-    const uint64_t a = name_of<D>(grads + block * kBlockRows * D), b = name_of<D>(values);
-    pin(c);
-    warpgroup_begin();
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k)
-      WarpgroupProduct<T, kTiles>::template run<false, false>(c, a + further(k * 16), b + further(k * 16), k > 0);
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    pin(c);
+    multiply_by_rows<T, D>(grad_weights, grads + block * kBlockRows * D, values);
     if (row >= S::kRows) return;
     Operands weights;
 #pragma unroll
@@ -296,17 +270,11 @@ struct HopperBackward {
     auto& c = flat<D / 2>(product);
     const uint64_t a = name_of<64>(exchanged + (kTransposed ? block * S::kColumns : block * kBlockRows * 64));
     const uint64_t b = name_of<D>(matrix);
-    pin(c);
-    warpgroup_begin();
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    sum_products<kTiles>(c, [&](int tile) {
       const int step = kTransposed ? tile * 16 * 64 : tile / 4 * S::kColumns + tile % 4 * 16;
       WarpgroupProduct<T, D / 16>::template run<kTransposed, true>(c, a + further(step), b + further(tile * 16 * D),
                                                                    tile > 0);
-    }
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    pin(c);
+    });
     const float factor[2] = {scale, scale};
     if (first(block) < tokens) store_strip<T, D>(to, first(block), tokens, product, factor);
   }
@@ -332,14 +300,7 @@ __global__ void __launch_bounds__(HopperBackwardShape<D, kTiles>::kThreads, 1)
   };
   const auto bring_values_and_grads = [&](const Owner& owner) {
     bring_rows(my.values, rows_of<T>(p, kValue, owner));
-    const auto& stride = p.grad_out_stride;
-    const T* data = static_cast<const T*>(p.grad_out) + owner.batch * stride[0] + owner.head * stride[2];
-    bring_rows(my.grads, HeadRows<const T>{data, static_cast<int>(stride[1])});
-  };
-  const auto grad_rows = [&](Part part, const Owner& owner) {
-    const int width = static_cast<int>(p.heads) * D;
-    T* data = static_cast<T*>(p.grad_qkv) + (owner.batch * p.tokens * 3 + part) * width + owner.head * D;
-    return HeadRows<T>{data, 3 * width};
+    bring_rows(my.grads, grad_out_rows<T>(p, owner));
   };
   constexpr int kTurns = (S::kBlocks + S::kGroups - 1) / S::kGroups;
   Strip<D> my_queries[kTurns];
@@ -350,11 +311,6 @@ __global__ void __launch_bounds__(HopperBackwardShape<D, kTiles>::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < D / 4; ++i) my_queries[turn].registers[i / 4][i % 4] ^= sign_of(scale_log2);
     }
-  };
-  const auto await_all_but = [](auto pending) {
-    copy_async_wait<decltype(pending)::value>();
-    publish_to_warpgroups();
-    __syncthreads();
   };
   const auto exchange_done = [] {
     publish_to_warpgroups();
@@ -373,7 +329,7 @@ __global__ void __launch_bounds__(HopperBackwardShape<D, kTiles>::kThreads, 1)
   for (unsigned index = blockIdx.x; index < heads; index += gridDim.x) {
     const Owner owner(p, index), next(p, index + gridDim.x);
     const bool last = index + gridDim.x >= heads;
-    await_all_but(std::integral_constant<int, 1>{});  // all but the queries
+    await_all_but<1>();  // all but the queries
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int block = my.group + turn * S::kGroups;
@@ -382,16 +338,16 @@ __global__ void __launch_bounds__(HopperBackwardShape<D, kTiles>::kThreads, 1)
     exchange_done();  // of weights
 #pragma unroll 1
     for (int block = my.group; my.there(block); block += S::kGroups)
-      my.template multiply_store<true>(grad_rows(kValue, owner), block, my.grads, 1);
+      my.template multiply_store<true>(grad_rows<T, D>(p, kValue, owner), block, my.grads, 1);
     __syncthreads();  // nobody reads weights any more
 #pragma unroll 1
     for (int block = my.group; block < S::kBlocks; block += S::kGroups) my.differentiate(block);
-    await_all_but(std::integral_constant<int, 0>{});  // of scores' gradients; the queries are here
+    await_all_but<0>();  // of scores' gradients; the queries are here
     if (!last) bring_values_and_grads(next);
     copy_async_commit();
 #pragma unroll 1
     for (int block = my.group; my.there(block); block += S::kGroups)
-      my.template multiply_store<false>(grad_rows(kQuery, owner), block, my.keys, scale);
+      my.template multiply_store<false>(grad_rows<T, D>(p, kQuery, owner), block, my.keys, scale);
     __syncthreads();  // nobody reads keys any more
     if (!last) {
       bring_rows(my.keys, rows_of<T>(p, kKey, next));
@@ -400,7 +356,7 @@ __global__ void __launch_bounds__(HopperBackwardShape<D, kTiles>::kThreads, 1)
     copy_async_commit();
 #pragma unroll 1
     for (int block = my.group; my.there(block); block += S::kGroups)
-      my.template multiply_store<true>(grad_rows(kKey, owner), block, my.queries, scale);
+      my.template multiply_store<true>(grad_rows<T, D>(p, kKey, owner), block, my.queries, scale);
     __syncthreads();  // nobody reads queries, or the exchange, any more
     if (!last) bring_rows(my.queries, rows_of<T>(p, kQuery, next));
     copy_async_commit();

@@ -45,6 +45,20 @@ __device__ HeadRows<const T> rows_of(const Problem& p, Part part, const Owner& o
   return {data, static_cast<int>(stride[1])};
 }
 
+template <class T>
+__device__ HeadRows<const T> grad_out_rows(const AttentionBackward& p, const Owner& owner) {
+  const auto& stride = p.grad_out_stride;
+  const T* data = static_cast<const T*>(p.grad_out) + owner.batch * stride[0] + owner.head * stride[2];
+  return {data, static_cast<int>(stride[1])};
+}
+
+template <class T, int D>
+__device__ HeadRows<T> grad_rows(const AttentionBackward& p, Part part, const Owner& owner) {
+  const int width = static_cast<int>(p.heads) * D;
+  T* data = static_cast<T*>(p.grad_qkv) + (owner.batch * p.tokens * 3 + part) * width + owner.head * D;
+  return {data, 3 * width};
+}
+
 // Starts to bring kRows rows by kThreads threads; those that are not there become zeros.
 template <class T, int D, int kRows, int kThreads>
 __device__ __forceinline__ void bring(T* matrix, const HeadRows<const T>& from, int rows, int thread) {
@@ -150,6 +164,28 @@ __device__ __forceinline__ float largest(const Scores<kTiles>& scores, int row) 
     peak = fmaxf(peak, fmaxf(four[2 * row], four[2 * row + 1]));
   }
   return quad_max(peak);
+}
+
+// A strip's whole softmax, as left operands.
+template <class T, int kTiles>
+__device__ __forceinline__ void softmax(uint32_t (&weights)[kTiles][4], Scores<kTiles>& scores, float factor) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float shift = largest(scores, row) * factor;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      float& score = scores[i / 4][i / 2 % 2][2 * row + i % 2];
+      score = fast_exp2(fmaf(score, factor, -shift));
+      sum += score;
+    }
+    const float inverse = reciprocal(quad_sum(sum));
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const float (&four)[4] = scores[i / 2][i % 2];
+      weights[i / 2][i % 2 * 2 + row] = pack<T>(four[2 * row] * inverse, four[2 * row + 1] * inverse);
+    }
+  }
 }
 
 // The largest score must be the largest logit: a negative scale goes into the queries' signs.

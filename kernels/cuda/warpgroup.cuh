@@ -8,8 +8,8 @@ namespace vitkd::cuda {
 
 constexpr int kWarpgroup = 4 * kWarp;
 
-// A swizzled matrix of rows of D elements as wgmma wants it named, from 16 bytes on at `address`: groups of 8 rows follow
-// each other, and 128 or 64 bytes are swizzled (PTX ISA, "Matrix descriptor format"). The matrix starts at a whole group.
+// A swizzled matrix of rows of D elements in shared memory, as wgmma wants it named (PTX ISA, "Matrix descriptor format"):
+// groups of 8 rows follow each other from `address` on, and a row's 128 or 64 bytes are swizzled.
 template <int D>
 __host__ __device__ constexpr uint64_t matrix_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle = D == 64 ? 1 : 2, kGroupBytes = 8 * 2 * D;
@@ -150,8 +150,6 @@ VITKD_DEFINE_PRODUCT(2, 32, VITKD_REGISTERS_2, VITKD_OUTPUTS_2, 16, 17, 18, 19, 
 VITKD_DEFINE_PRODUCT(3, 48, VITKD_REGISTERS_3, VITKD_OUTPUTS_3, 24, 25, 26, 27, 28, 29, 30);
 VITKD_DEFINE_PRODUCT(4, 64, VITKD_REGISTERS_4, VITKD_OUTPUTS_4, 32, 33, 34, 35, 36, 37, 38);
 VITKD_DEFINE_PRODUCT(5, 80, VITKD_REGISTERS_5, VITKD_OUTPUTS_5, 40, 41, 42, 43, 44, 45, 46);
-VITKD_DEFINE_PRODUCT(6, 96, VITKD_REGISTERS_6, VITKD_OUTPUTS_6, 48, 49, 50, 51, 52, 53, 54);
-VITKD_DEFINE_PRODUCT(7, 112, VITKD_REGISTERS_7, VITKD_OUTPUTS_7, 56, 57, 58, 59, 60, 61, 62);
 VITKD_DEFINE_PRODUCT(13, 208, VITKD_REGISTERS_13, VITKD_OUTPUTS_13, 104, 105, 106, 107, 108, 109, 110);
 
 }  // namespace vitkd::cuda
