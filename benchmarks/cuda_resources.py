@@ -65,7 +65,7 @@ def parse(log: str) -> list[dict]:
                 "kernel": kernel,
                 "dtype": dtype or "float32",
                 "arguments": ", ".join(re.findall(r"Li(\d+)E", arguments)),
-                "architecture": sm,
+                "architecture": sm.removesuffix("a"),
                 "registers": int(re.search(r"Used (\d+) registers", part)[1]),
                 "spill_store_bytes": stores,
                 "spill_load_bytes": loads,

@@ -65,6 +65,7 @@ def expected():
 def test_every_kernel_is_there(compiled):
     found = sorted((row["kernel"], row["dtype"], row["arguments"]) for row in compiled[0])
     assert found == sorted(expected())
+    assert len(cuda_resources.table(compiled[0]).splitlines()) == 1 + len(found)
 
 
 def test_spills(compiled):
