@@ -155,6 +155,7 @@ def test_machine_code_of_whole_heads(counts):
     assert forward["atomic"] == backward["atomic"] == 0
     """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys then."""
 
+
 def test_machine_code_of_whole_heads_on_hopper(counts):
     """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys then."""
     forward = counts("attention_hopper", "attention_hopper_forward", 64, 10, 13)
