@@ -42,7 +42,9 @@ from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.methods import METHODS, settings_of
-from vitkd_fast.models import image_spec
+from vitkd_fast.models import forward, image_spec
+from vitkd_fast.muon import hidden_matrices
+from vitkd_fast.pair import student_lr
 
 REAL = ("real_labels", "real_kd")  # the contenders that see real images
 PROBE = 0.05  # share of an equal time's seconds that measuring the speed takes, two seconds at least
@@ -304,13 +306,19 @@ def _instead_of_synthesis(generator: str) -> dict[str, Any]:
 
 
 def learning_from_labels(bench: Bench, teacher: Teacher, student: nn.Module, seed: int, steps: int) -> Learning:
-    task = bench.task
-    config = Config()
-    recipe = replace(
-        task.recipe, steps=steps, batch_size=task.batch_size, lr=task.student_lr, weight_decay=config.weight_decay
-    )
+    """With the optimiser and the learning rate that `distill` would use."""
+    task, spec = bench.task, teacher.spec
+    logits, tokens = forward(student, torch.zeros(2, spec.channels, spec.height, spec.width, device=bench.device))
+    lr = student_lr(None if tokens is None else tokens.shape)
+    recipe = replace(task.recipe, steps=steps, batch_size=task.batch_size, lr=lr, weight_decay=Config().weight_decay)
     seconds = train_on_labels(
-        student, bench.data.train, teacher.spec, recipe, seed=seed, precision=bench.arguments.precision
+        student,
+        bench.data.train,
+        spec,
+        recipe,
+        seed=seed,
+        precision=bench.arguments.precision,
+        matrices=hidden_matrices(student, spec.channels, logits.shape[1]),
     )
     return Learning(seconds, steps * task.batch_size / seconds, [], asdict(recipe))
 
@@ -326,7 +334,6 @@ def options_of(bench: Bench, name: str, seed: int, steps: int) -> dict[str, Any]
     options: dict[str, Any] = {
         "steps": steps,
         "batch_size": task.batch_size,
-        "student_lr": task.student_lr,
         "width": task.width,
         "precision": bench.arguments.precision,
         "seed": seed,

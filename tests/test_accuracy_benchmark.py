@@ -169,9 +169,11 @@ def test_all_contenders_start_alike_and_only_one_sees_images(bench):
         assert len({start for start, _ in own}) == 1
         assert [options["method"] for _, options in own] == ["best", "noise", "best", "dfad"]
         assert [options.get("generator") for _, options in own] == [accuracy_models.REAL_IMAGES, None, None, None]
-        shared = ("steps", "batch_size", "student_lr", "precision")
+        shared = ("steps", "batch_size", "precision")
         assert len({tuple(options[name] for name in shared) for _, options in own}) == 1
     settings = record["settings"]
+    for name in ("student_lr", "optimizer", "weight_decay", "clip"):
+        assert len({settings[contender][name] for contender in ("real_kd", "noise", "best", "dfad")}) == 1
     assert settings["real_kd"]["student_objectives"] == settings["best"]["student_objectives"]
     assert settings["real_kd"]["student_loss"] == settings["best"]["student_loss"]
     assert calls[0][0] != calls[4][0]

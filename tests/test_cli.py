@@ -51,7 +51,7 @@ def test_help_shows_the_methods_own_defaults(capsys, choice):
     assert f"0 turns one off. (default: {weights})" in text
     plain = words_of(output_of(capsys, "distill", "--help", code=0).out)
     assert f"--student-steps INT Steps of the student in each round. (default: {Config().student_steps})" in plain
-    assert "None" not in plain.partition("--generator STR")[2].partition("--weight-decay")[0]
+    assert "None" not in plain.partition("--generator STR")[2].partition("--optimizer")[0]
 
 
 def test_flags_are_the_fields_of_a_config(monkeypatch):

@@ -97,7 +97,7 @@ def test_the_generator_step_leaves_the_student_alone(monkeypatch):
 
     loop = importlib.import_module("vitkd_fast.distill")
     student, checked = tiny_student(), []
-    step = loop.GuardedAdamW.step
+    step = loop.GuardedOptimizer.step
 
     def watched_step(self, loss, values, progress):
         if "disagreement" not in values:
@@ -111,7 +111,7 @@ def test_the_generator_step_leaves_the_student_alone(monkeypatch):
         checked.append(before["norm.num_batches_tracked"].item())
         return None
 
-    monkeypatch.setattr(loop.GuardedAdamW, "step", watched_step)
+    monkeypatch.setattr(loop.GuardedOptimizer, "step", watched_step)
     distill(tiny_teacher(), student, steps=11, student_steps=5, **QUICK)
     assert checked == [0, 5, 10]  # BatchNorm has seen the student's own steps and nothing else
 

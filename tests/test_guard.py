@@ -7,7 +7,7 @@ import torch
 from tiny import TinyNet, same, state
 from torch import nn
 
-from vitkd_fast.guard import PEAK, GuardedAdamW, Ledger, one_cycle
+from vitkd_fast.guard import PEAK, GuardedOptimizer, Ledger, one_cycle
 
 
 def one_step(model, optimizer, images, factor=1.0, progress=0.3):
@@ -27,7 +27,7 @@ def moments(optimizer):
 def test_a_bad_step_changes_neither_weights_nor_buffers_nor_moments(factor):
     torch.manual_seed(0)
     model, images = TinyNet(8).train(), torch.randn(16, 1, 8, 8)
-    optimizer = GuardedAdamW("student", model, 1e-2, ["loss"], clip=1.0)
+    optimizer = GuardedOptimizer("student", model, 1e-2, ["loss"], clip=1.0)
     one_step(model, optimizer, images)
     before, moments_before = state(model), moments(optimizer)
     one_step(model, optimizer, images + 1, factor)
@@ -44,7 +44,7 @@ def test_a_bad_step_changes_neither_weights_nor_buffers_nor_moments(factor):
 def test_nan_images_do_not_pollute_batchnorm():
     torch.manual_seed(0)
     model = TinyNet(8).train()
-    optimizer = GuardedAdamW("student", model, 1e-2, ["loss"])
+    optimizer = GuardedOptimizer("student", model, 1e-2, ["loss"])
     before = state(model)
     one_step(model, optimizer, torch.full((4, 1, 8, 8), math.nan))
     assert same(state(model), before)
@@ -54,7 +54,7 @@ def test_a_good_step_is_torchs_adamw_with_clipping():
     torch.manual_seed(0)
     ours, theirs = TinyNet(8).eval(), TinyNet(8).eval()
     theirs.load_state_dict(ours.state_dict())
-    optimizer = GuardedAdamW("student", ours, 1e-2, ["loss"], weight_decay=0.1, clip=0.01)
+    optimizer = GuardedOptimizer("student", ours, 1e-2, ["loss"], weight_decay=0.1, clip=0.01)
     reference = torch.optim.AdamW(theirs.parameters(), 1e-2, weight_decay=0.1)
     for _ in range(5):
         images = torch.randn(16, 1, 8, 8)
@@ -71,11 +71,11 @@ def test_frozen_weights_are_left_alone():
     model = TinyNet(8)
     model.stem.requires_grad_(False)
     before = state(model)
-    optimizer = GuardedAdamW("student", model, 1e-2, ["loss"], weight_decay=0.1)
+    optimizer = GuardedOptimizer("student", model, 1e-2, ["loss"], weight_decay=0.1)
     one_step(model, optimizer, torch.randn(4, 1, 8, 8))
     assert torch.equal(model.stem.weight, before["stem.weight"])
     with pytest.raises(ValueError, match="no weight with requires_grad=True"):
-        GuardedAdamW("student", model.requires_grad_(False), 1e-2, [])
+        GuardedOptimizer("student", model.requires_grad_(False), 1e-2, [])
 
 
 def test_ledger_means_are_of_the_finite_values_since_the_last_read():
@@ -99,7 +99,9 @@ def test_weights_may_have_a_rate_of_their_own():
     torch.manual_seed(0)
     model = TinyNet(8)
     before = state(model)
-    optimizer = GuardedAdamW("generator", model, 1e-2, ["loss"], own_lr={model.head.bias: 0.5, model.head.weight: 1e-9})
+    optimizer = GuardedOptimizer(
+        "generator", model, 1e-2, ["loss"], own_lr={model.head.bias: 0.5, model.head.weight: 1e-9}
+    )
     for progress in (0.1, PEAK):
         one_step(model, optimizer, torch.randn(16, 1, 8, 8), progress=progress)
         rates = [group["lr"] for group in optimizer.optimizer.param_groups]
@@ -112,5 +114,5 @@ def test_weights_may_have_a_rate_of_their_own():
 
 def test_a_module_may_have_no_weights_but_those_with_their_own_rate():
     model = nn.Linear(2, 1, bias=False)
-    optimizer = GuardedAdamW("generator", model, 1e-2, ["loss"], own_lr={model.weight: 0.1})
+    optimizer = GuardedOptimizer("generator", model, 1e-2, ["loss"], own_lr={model.weight: 0.1})
     assert [group["peak"] for group in optimizer.optimizer.param_groups] == [0.1]

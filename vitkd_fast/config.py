@@ -92,16 +92,19 @@ class Config:
     """What the generator maximises between the same logits."""
     temperature: float = OF_METHOD
     """Softens the logits in kl, reverse_kl and js; l1 and mse compare raw logits."""
-    student_lr: float = OF_METHOD
-    """Peak of the student's one-cycle learning rate."""
     generator_lr: float = OF_METHOD
     """Of the generator. One cycle's peak: over the run, or over each round if all of it starts anew there; constant
     where restart is meta or noise."""
     latent_lr: float = OF_METHOD
     """Learning rate of a learned noise."""
 
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Of the student: Muon for the matrices between images and logits and AdamW for the rest, or AdamW for all."""
+    student_lr: float | None = None
+    """Peak of the student's one-cycle learning rate; if None, 0.25 over the width of its tokens, at most 0.01, and
+    0.001 for a student without tokens."""
     weight_decay: float = 0.01
-    """Of the student (AdamW)."""
+    """Of the student."""
     clip: float = 1.0
     """Largest gradient norm of a step; 0 does not clip."""
     latent: int = 128
@@ -186,7 +189,8 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, Mapping) and all(_number(weight) and weight >= 0 for weight in value.values()),
         'weights of at least 0 by name, such as {"tokens": 1.0}',
     ),
-    ("student_lr generator_lr latent_lr temperature", lambda value: _number(value) and value > 0, "a number above 0"),
+    ("generator_lr latent_lr temperature", lambda value: _number(value) and value > 0, "a number above 0"),
+    ("student_lr", lambda value: value is None or (_number(value) and value > 0), "None, or a number above 0"),
     (
         "keep_patches",
         lambda value: _number(value) and 0 < value <= 1,
@@ -196,6 +200,7 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("replay shift jitter", lambda value: _number(value) and 0 <= value < 1, "a share from 0 up to, not including, 1"),
     ("student_loss disagreement", KINDS.__contains__, ", ".join(KINDS)),
     ("restart", ("never", "round", "meta", "noise").__contains__, "never, round, meta, noise"),
+    ("optimizer", ("muon", "adamw").__contains__, "muon, adamw"),
     ("images", ("fresh", "round", "pool").__contains__, "fresh, round, pool"),
     ("generator", lambda value: isinstance(value, str), "the name of a generator"),
     ("precision", ("float32", "bfloat16").__contains__, "float32, bfloat16"),

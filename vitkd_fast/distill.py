@@ -14,8 +14,9 @@ from vitkd_fast import evaluate as evaluation
 from vitkd_fast import generator_objectives, student_objectives  # noqa: F401  they register themselves
 from vitkd_fast.config import Config
 from vitkd_fast.generator import GENERATORS, Generator
-from vitkd_fast.guard import GuardedAdamW, NonFiniteError
+from vitkd_fast.guard import GuardedOptimizer, NonFiniteError
 from vitkd_fast.models import default_device, frozen, load_teacher
+from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, agreement, check_names
 from vitkd_fast.pair import make_pair, resolved
 from vitkd_fast.report import Report, versions
@@ -103,13 +104,16 @@ def _distill(
         return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
     synthesis = Synthesis(pair, generator_terms, config, autocast)
-    learner = GuardedAdamW(
+    assert config.student_lr is not None  # resolved
+    muon = config.optimizer == "muon"
+    learner = GuardedOptimizer(
         "student",
         nn.ModuleList([student, student_terms.modules]),
         config.student_lr,
         [*student_terms.names, "agreement"],
         weight_decay=config.weight_decay,
         clip=config.clip,
+        matrices=hidden_matrices(student, pair.convert.student.channels, pair.classes) if muon else (),
     )
     folder.start({"teacher": pair.teacher_facts.name, "student": pair.student_facts.name, "settings": config.to_dict()})
     log = Log(config, folder, [part.ledger for part in (synthesis.learner, learner) if part])

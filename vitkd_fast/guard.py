@@ -4,12 +4,15 @@ Asking the host (`if loss.isfinite()`) would stall the device at every step. Her
 fused optimisers take, the one that GradScaler uses, and the counts wait on the device for the next log point.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vitkd_fast.muon import Muon
 
 PEAK = 0.3  # share of the run after which the learning rate is at its peak
 
@@ -41,8 +44,8 @@ class Ledger:
         return means, {name: int(count) for name, count in zip(self.names, bad, strict=True) if count}
 
 
-class GuardedAdamW:
-    """Fused AdamW on a one-cycle learning rate, skipped on the device where loss or gradient is not finite.
+class GuardedOptimizer:
+    """Fused AdamW, and Muon for matrices, on a one-cycle learning rate; the device skips what is not finite.
 
     Args:
         name: "generator" or "student"; its gradient's norm is booked as `<name>_gradient`.
@@ -52,6 +55,7 @@ class GuardedAdamW:
         terms: names of the values that each step books in `ledger`.
         clip: largest gradient norm; 0 does not clip.
         own_lr: peaks of weights that have another one.
+        matrices: weights that Muon optimises, with the same rate.
 
     Raises:
         ValueError: the module has nothing to train.
@@ -68,6 +72,7 @@ class GuardedAdamW:
         weight_decay: float = 0.0,
         clip: float = 0.0,
         own_lr: Mapping[nn.Parameter, float] | None = None,
+        matrices: Iterable[Tensor] = (),
     ) -> None:
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
         if not self.weights:
@@ -78,9 +83,11 @@ class GuardedAdamW:
         self.gradient = f"{name}_gradient"
         self.ledger = Ledger([*terms, self.gradient], self.weights[0].device)
         own = own_lr or {}
-        groups = [{"params": [weight for weight in self.weights if weight not in own], "peak": lr}]
+        self.lr, self.muon = lr, Muon(matrices, weight_decay)
+        elsewhere = {*own, *itertools.chain(*self.muon.stacks)}
+        groups = [{"params": [weight for weight in self.weights if weight not in elsewhere], "peak": lr}]
         groups += [{"params": [weight], "peak": peak} for weight, peak in own.items()]
-        groups = [group for group in groups if group["params"]]
+        groups = [group for group in groups if group["params"]] or groups
         self.optimizer: Any = torch.optim.AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True)
 
     def step(self, loss: Tensor, values: dict[str, Tensor], progress: float) -> None:
@@ -90,7 +97,8 @@ class GuardedAdamW:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = one_cycle(progress, group["peak"])
-        self.optimizer.zero_grad()
+        for weight in self.weights:
+            weight.grad = None
         with torch.autograd.set_multithreading_enabled(False):  # else a GPU's nodes wait for a thread of their own
             loss.backward()
         norm = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
@@ -98,6 +106,7 @@ class GuardedAdamW:
         self.optimizer.found_inf = bad
         self.optimizer.grad_scale = (norm / self.clip).clamp_(min=1) if self.clip else None
         self.optimizer.step()
+        self.muon.step(one_cycle(progress, self.lr), bad, self.optimizer.grad_scale)
         if self.buffers:
             back = bad > 0
             pairs = zip(self.kept_buffers, self.buffers, strict=True)

@@ -43,7 +43,6 @@ BASE: dict[str, Any] = {
     "student_loss": "kl",
     "disagreement": "l1",
     "temperature": 1.0,
-    "student_lr": 1e-3,
     "generator_lr": 1e-3,
     "latent_lr": 0.015,
 }

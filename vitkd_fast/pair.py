@@ -189,7 +189,13 @@ def resolved(config: Config, pair: Pair, device: torch.device) -> Config:
         mean=spec.mean,
         std=spec.std,
         device=str(device),
+        student_lr=config.student_lr or student_lr(pair.student_tokens),
     )
+
+
+def student_lr(tokens: torch.Size | None) -> float:
+    """Narrow networks like a high rate (Yang et al. 2022, arXiv 2203.03466); `tokens` are the student's, (…, D)."""
+    return 0.001 if tokens is None else min(0.25 / tokens[-1], 0.01)
 
 
 def depth(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from vitkd_fast import contrast, noisy_generator, transformer_generator  # noqa:
 from vitkd_fast.augment import augmented
 from vitkd_fast.config import Config
 from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings, Several
-from vitkd_fast.guard import PEAK, GuardedAdamW
+from vitkd_fast.guard import PEAK, GuardedOptimizer
 from vitkd_fast.models import frozen
 from vitkd_fast.objectives import Scene, Terms
 from vitkd_fast.pair import Pair
@@ -42,9 +42,9 @@ class Synthesis:
         self.latent = nn.Parameter(torch.zeros(config.batch_size, config.latent, device=pair.device))
         learns = [self.generator, self.terms.modules]
         learns += [nn.ParameterList([self.latent])] if config.learn_latent else []
-        self.learner: GuardedAdamW | None = None
+        self.learner: GuardedOptimizer | None = None
         if self.terms.names and any(weight.requires_grad for weight in self.generator.parameters()):
-            self.learner = GuardedAdamW(
+            self.learner = GuardedOptimizer(
                 "generator",
                 nn.ModuleList(learns),
                 config.generator_lr,
