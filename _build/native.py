@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,9 +71,7 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
         stub = build / "stub/libtorch_cuda.so"
         cuda = Library(f"{nvcc} -shared -cudart static", f"{torch_library} -L{stub.parent} -ltorch_cuda")
         cuda.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cuda -DVITKD_KEY=CUDA") for path in csrc]
-        codes = " ".join(code for architecture in architectures for code in gencode(architecture))
-        if any(digits(architecture) in ("90", "90a") for architecture in architectures):
-            codes += " -DVITKD_SM90A"
+        codes = " ".join(nvcc_codes(architectures))
         cuda.objects += [("nvcc", path, codes) for path in sorted((root / "kernels/cuda").glob("*.cu"))]
         found["_C_cuda"] = cuda
 
@@ -135,6 +134,13 @@ def cuda_architectures(nvcc: str) -> list[str]:
         known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
         wanted = CUDA_ARCHITECTURES.split()
         return [architecture for architecture in wanted if f"compute_{digits(architecture)}" in known]
+
+
+def nvcc_codes(architectures: Sequence[str]) -> list[str]:
+    """What nvcc is told about the GPUs that it compiles for."""
+    codes = [code for architecture in architectures for code in gencode(architecture)]
+    hopper = any(digits(architecture) in ("90", "90a") for architecture in architectures)
+    return [*codes, "-DVITKD_SM90A"] if hopper else codes
 
 
 def gencode(architecture: str) -> list[str]:

@@ -42,9 +42,9 @@ from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.methods import METHODS, settings_of
-from vitkd_fast.models import forward, image_spec
+from vitkd_fast.models import image_spec
 from vitkd_fast.muon import hidden_matrices
-from vitkd_fast.pair import student_lr
+from vitkd_fast.pair import probe, student_lr
 
 REAL = ("real_labels", "real_kd")  # the contenders that see real images
 PROBE = 0.05  # share of an equal time's seconds that measuring the speed takes, two seconds at least
@@ -308,9 +308,14 @@ def _instead_of_synthesis(generator: str) -> dict[str, Any]:
 def learning_from_labels(bench: Bench, teacher: Teacher, student: nn.Module, seed: int, steps: int) -> Learning:
     """With the optimiser and the learning rate that `distill` would use."""
     task, spec = bench.task, teacher.spec
-    logits, tokens = forward(student, torch.zeros(2, spec.channels, spec.height, spec.width, device=bench.device))
-    lr = student_lr(None if tokens is None else tokens.shape)
-    recipe = replace(task.recipe, steps=steps, batch_size=task.batch_size, lr=lr, weight_decay=Config().weight_decay)
+    classes, tokens = probe(student, spec, bench.device, "student")
+    recipe = replace(
+        task.recipe,
+        steps=steps,
+        batch_size=task.batch_size,
+        lr=student_lr(tokens),
+        weight_decay=Config().weight_decay,
+    )
     seconds = train_on_labels(
         student,
         bench.data.train,
@@ -318,7 +323,7 @@ def learning_from_labels(bench: Bench, teacher: Teacher, student: nn.Module, see
         recipe,
         seed=seed,
         precision=bench.arguments.precision,
-        matrices=hidden_matrices(student, spec.channels, logits.shape[1]),
+        matrices=hidden_matrices(student, spec.channels, classes),
     )
     return Learning(seconds, steps * task.batch_size / seconds, [], asdict(recipe))
 

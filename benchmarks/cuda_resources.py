@@ -21,6 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "_build"))
+from native import nvcc_codes  # noqa: E402
+
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
 KERNEL = re.compile(r"\d([a-z_]+)_kernelI(?:f|\w*?\d(bfloat16|float16)E)((?:Li\d+E)+)E")  # mangled; f: float
 
@@ -42,10 +45,9 @@ def measure(architectures: Sequence[str], folder: Path) -> list[dict]:
 
 
 def _compile(source: Path, architecture: str, folder: Path) -> list[dict]:
-    sm = "sm_" + architecture.removesuffix("+PTX").replace(".", "")
-    flags = ["-std=c++17", "-O3", f"-arch={sm}", "-Xptxas", "-v"]
-    if sm == "sm_90":  # as the build does: the code for just that architecture
-        flags[2:3] = ["-gencode=arch=compute_90a,code=sm_90a", "-DVITKD_SM90A"]
+    architecture = architecture.removesuffix("+PTX")
+    sm = "sm_" + architecture.replace(".", "")
+    flags = ["-std=c++17", "-O3", *nvcc_codes([architecture]), "-Xptxas", "-v"]
     command = [find_nvcc(), *flags, "-c", source, "-o", folder / f"{source.stem}.{sm}.o"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if result.returncode:

@@ -140,19 +140,16 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
         ValueError: one of them does not take its images or give (B, classes) logits, or the classes differ.
     """
     spec = image_spec(teacher, config)
-    teacher_logits, teacher_tokens = _probe(teacher, spec, device, "teacher")
-    classes = teacher_logits.shape[1]
+    classes, teacher_tokens = probe(teacher, spec, device, "teacher")
     if isinstance(student, str):
         name, own_spec = student, spec
         student = create_student(student, spec, classes)
     else:
         name, own_spec = type(student).__name__, student_image_spec(student, teacher, spec)
     student = student.to(device)
-    student_logits, student_tokens = _probe(student, own_spec, device, "student")
-    if student_logits.shape[1] != classes:
-        raise ValueError(
-            f"student knows {student_logits.shape[1]} classes and teacher {classes}; they must be the same."
-        )
+    student_classes, student_tokens = probe(student, own_spec, device, "student")
+    if student_classes != classes:
+        raise ValueError(f"student knows {student_classes} classes and teacher {classes}; they must be the same.")
 
     if not any(weight.requires_grad for weight in student.parameters()):
         raise ValueError(f"student {name} has no weight with requires_grad=True, so it cannot learn.")
@@ -173,8 +170,8 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
         classes,
         device,
         *facts,
-        teacher_tokens=None if teacher_tokens is None else teacher_tokens.shape,
-        student_tokens=None if student_tokens is None else student_tokens.shape,
+        teacher_tokens=teacher_tokens,
+        student_tokens=student_tokens,
         notes=notes,
     )
 
@@ -212,8 +209,12 @@ def _blank(spec: ImageSpec, device: torch.device) -> Tensor:
     return torch.zeros(2, spec.channels, spec.height, spec.width, device=device)
 
 
-def _probe(model: nn.Module, spec: ImageSpec, device: torch.device, role: Role) -> tuple[Tensor, Tensor | None]:
-    """Logits and tokens of two blank images."""
+def probe(model: nn.Module, spec: ImageSpec, device: torch.device, role: Role) -> tuple[int, torch.Size | None]:
+    """How many classes it knows, and the shape of two blank images' last tokens; it stays as it was.
+
+    Raises:
+        ValueError: it does not take such images, or gives no (2, classes) logits for them.
+    """
     images = _blank(spec, device)
     try:
         with frozen(model), torch.no_grad():
@@ -229,4 +230,4 @@ def _probe(model: nn.Module, spec: ImageSpec, device: torch.device, role: Role) 
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
         given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{role} gives {given} for two images; accepted: logits of shape (batch, classes).")
-    return logits, tokens
+    return logits.shape[1], None if tokens is None else tokens.shape
