@@ -19,6 +19,14 @@ inline bool fits_vectors(size_t element_bytes, const AttentionBackward& p) {
                       {s[0], s[1], s[2], s[3], g[0], g[1], g[2], p.head_dim});
 }
 
+// A kernel whose blocks go through the heads: as many blocks as the GPU runs at once, and no more than heads.
+template <class Problem, class... Parameters>
+const char* launch_at_once(void (*kernel)(Parameters...), int block, size_t shared_bytes, void* stream, const Problem& p,
+                           float scale_log2) {
+  const int64_t heads = p.batch * p.heads, at_once = resident_blocks(kernel, block, shared_bytes);
+  return launch(kernel, heads < at_once ? heads : at_once, block, shared_bytes, stream, p, scale_log2);
+}
+
 // Whole heads in shared memory (attention_head.cu): 16-bit elements, head_dim 32 and 64, few tokens, aligned rows.
 // False: not for this problem. True: queued, or `error` says what went wrong.
 bool queue_head(const Attention&, void* stream, const char*& error);

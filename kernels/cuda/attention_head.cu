@@ -37,15 +37,7 @@ __device__ __forceinline__ void add_part(float (&out)[1][D / 8][4], float (&shif
   uint32_t weights[kPart][1][4];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float before = shift[row];
-    const float now = fmaxf(fmaxf(before, largest(scores, row)), kLowest);  // exp2(-inf - now) is 0, not NaN
-    shift[row] = now;
-    if (kFirst > 0) {
-      const float correction = fast_exp2((before - now) * factor);
-      sum[row] *= correction;
-#pragma unroll
-      for (int i = 0; i < D / 4; ++i) out[0][i / 2][2 * row + i % 2] *= correction;
-    }
+    const float now = raise<(kFirst > 0)>(scores, row, factor, shift, sum, out[0]);
 #pragma unroll
     for (int i = 0; i < 2 * kPart; ++i) {
       const float (&four)[4] = scores[i / 2][i % 2];
@@ -334,8 +326,7 @@ bool queue(const AttentionBackward& p, float scale_log2, void* stream, const cha
   using S = BackwardShape<D, kTiles>;
   if (S::kBytes > static_cast<size_t>(max_shared_bytes())) return false;
   const auto kernel = attention_head_backward_kernel<T, D, kBelow, kTiles>;
-  const int64_t heads = p.batch * p.heads, at_once = resident_blocks(kernel, S::kThreads, S::kBytes);
-  error = launch(kernel, heads < at_once ? heads : at_once, S::kThreads, S::kBytes, stream, p, scale_log2);
+  error = launch_at_once(kernel, S::kThreads, S::kBytes, stream, p, scale_log2);
   return true;
 }
 

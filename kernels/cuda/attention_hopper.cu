@@ -97,15 +97,7 @@ struct HopperForward {
         if constexpr (kFull < kPart) hide_from<(kFull > 0 ? kFull : 0)>(tokens - kFirst * 16, scores);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          const float before = shift[row];
-          const float now = fmaxf(fmaxf(before, largest(scores, row)), kLowest);  // exp2(-inf - now) is 0, not NaN
-          shift[row] = now;
-          if (kFirst > 0) {
-            const float correction = fast_exp2((before - now) * factor);
-            sum[row] *= correction;
-#pragma unroll
-            for (int i = 0; i < D / 4; ++i) out[i / 2][2 * row + i % 2] *= correction;
-          }
+          const float now = raise<(kFirst > 0)>(scores, row, factor, shift, sum, out);
           // One fma is as good only where the largest weight rounds to 1 all the same.
           constexpr bool kFused = std::is_same_v<T, bfloat16>;
           const float scaled = fmaxf(now * factor, kLowest);
@@ -382,8 +374,7 @@ struct HopperQueue {
     else {
       using S = HopperBackwardShape<D, kTiles>;
       const auto kernel = attention_hopper_backward_kernel<T, D, kBelow, kTiles>;
-      const int64_t heads = p.batch * p.heads, at_once = resident_blocks(kernel, S::kThreads, S::kBytes);
-      error = launch(kernel, heads < at_once ? heads : at_once, S::kThreads, S::kBytes, stream, p, scale_log2);
+      error = launch_at_once(kernel, S::kThreads, S::kBytes, stream, p, scale_log2);
       return true;
     }
   }

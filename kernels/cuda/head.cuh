@@ -166,6 +166,23 @@ __device__ __forceinline__ float largest(const Scores<kTiles>& scores, int row) 
   return quad_max(peak);
 }
 
+// One row of a softmax that comes in parts: the largest score so far. What was summed below an earlier one, if there was a
+// part before, is brought below this one.
+template <bool kEarlier, int kTiles, int kColumns>
+__device__ __forceinline__ float raise(const Scores<kTiles>& scores, int row, float factor, float (&shift)[2],
+                                       float (&sum)[2], float (&out)[kColumns][4]) {
+  const float before = shift[row];
+  const float now = fmaxf(fmaxf(before, largest(scores, row)), kLowest);  // exp2(-inf - now) is 0, not NaN
+  shift[row] = now;
+  if (kEarlier) {
+    const float correction = fast_exp2((before - now) * factor);
+    sum[row] *= correction;
+#pragma unroll
+    for (int i = 0; i < 2 * kColumns; ++i) out[i / 2][2 * row + i % 2] *= correction;
+  }
+  return now;
+}
+
 // A strip's whole softmax, as left operands.
 template <class T, int kTiles>
 __device__ __forceinline__ void softmax(uint32_t (&weights)[kTiles][4], Scores<kTiles>& scores, float factor) {
