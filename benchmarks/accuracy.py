@@ -301,7 +301,7 @@ def kd_on_real_images(bench: Bench, teacher: nn.Module, student: nn.Module, opti
 
 def _instead_of_synthesis(generator: str) -> dict[str, Any]:
     off = dict.fromkeys(settings_of("best")["generator_objectives"], 0.0)
-    plain = {"images": "fresh", "replay": 0.0, "shift": 0.0, "turn": 0.0, "restart": "never"}
+    plain = {"images": "fresh", "replay": 0.0, "balanced": False, "shift": 0.0, "turn": 0.0, "restart": "never"}
     return {"generator": generator, "generator_objectives": off, "learn_latent": False, "conditional": False, **plain}
 
 

@@ -12,7 +12,7 @@ from vitkd_fast.generator import ImageSpec
 from vitkd_fast.models import create_student, student_image_spec
 from vitkd_fast.pair import make_pair
 
-QUICK = {"batch_size": 16, "width": 16, "latent": 16, "log_every": 10, "progress": False}
+QUICK = {"method": "adversarial", "batch_size": 16, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 TEACHERS = ImageSpec(8, 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 CPU = torch.device("cpu")
 

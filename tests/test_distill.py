@@ -17,7 +17,7 @@ from vitkd_fast.distill import distill
 from vitkd_fast.guard import NonFiniteError
 from vitkd_fast.synthesis import is_due
 
-QUICK = {"batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
+QUICK = {"method": "adversarial", "batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 
 
 def held_images(count=512):

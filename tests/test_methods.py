@@ -136,7 +136,8 @@ def test_no_method_waits_for_a_gpu_within_rounds(method):
 
 def test_a_method_says_where_it_is_from_and_decides_what_base_lists():
     assert METHODS.keys() == {
-        *("best", "vitkd", "dafl", "zskt", "dfad", "cmi", "fast", "nayer", "deepinversion", "psaq", "smi", "noise")
+        *("best", "adversarial", "vitkd", "dafl", "zskt", "dfad", "cmi"),
+        *("fast", "nayer", "deepinversion", "psaq", "smi", "noise"),
     }
     for method in METHODS.values():
         assert len(method.source) > 50

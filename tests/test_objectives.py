@@ -27,7 +27,7 @@ from vitkd_fast.objectives import (
 from vitkd_fast.ops.attention_consistency import HorizontalFlip
 from vitkd_fast.pair import make_pair
 
-QUICK = {"batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
+QUICK = {"method": "adversarial", "batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 CPU = torch.device("cpu")
 
 

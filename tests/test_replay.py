@@ -13,6 +13,11 @@ def pool():
     return ReplayPool(6, Convolutional(spec, GeneratorSettings(latent=2, width=2)))
 
 
+@pytest.fixture
+def balanced(pool):
+    return ReplayPool(8, pool.generator, classes=4)
+
+
 def batch_of(pool, *levels):
     """Images of one grey level each, in bytes, normalised."""
     pixels = torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 2, 2, 2) / 255
@@ -48,3 +53,32 @@ def test_capacity_is_rounded_up_to_whole_batches(pool):
 def test_a_pool_keeps_no_graph(pool):
     pool.add(pool.generator.sample(2))
     assert not pool.sample(2).requires_grad
+
+
+def shares(pool, *levels, draws=20_000):
+    found = (pool.generator.pixels(pool.sample(draws))[:, 0, 0, 0] * 255).round().int()
+    return [(found == level).float().mean().item() for level in levels]
+
+
+def test_classes_are_drawn_equally_often(balanced):
+    balanced.add(batch_of(balanced, 1, 2, 3, 4), torch.tensor([0, 0, 0, 2]))
+    assert shares(balanced, 1, 2, 3, 4) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2], abs=0.02)
+    balanced.add(batch_of(balanced, 5, 6, 7, 8), torch.tensor([1, 1, 3, 0]))
+    expected = [1 / 16, 1 / 16, 1 / 16, 1 / 4, 1 / 8, 1 / 8, 1 / 4, 1 / 16]
+    assert shares(balanced, *range(1, 9)) == pytest.approx(expected, abs=0.02)
+
+
+def test_images_that_go_are_no_longer_counted(balanced):
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, 40, 4):
+        balanced.add(batch_of(balanced, *range(start, start + 4)), torch.randint(4, (4,), generator=generator))
+        kept = balanced.classes[: balanced.count]
+        assert balanced.members.tolist() == torch.bincount(kept, minlength=4).tolist()
+    assert balanced.count == 8
+
+
+def test_a_single_image_of_a_class_is_not_drawn_without_end(pool):
+    """Of 100 images in 2 classes one alone would be every second; it counts as a tenth of an equal share, as 5."""
+    many = ReplayPool(100, pool.generator, classes=2)
+    many.add(batch_of(many, *range(100)), torch.tensor([1] + [0] * 99))
+    assert shares(many, 0) == pytest.approx([0.2 / 1.2], abs=0.02)

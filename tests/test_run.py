@@ -10,7 +10,7 @@ from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.run import FILES, RunFolder, image_grid
 
-QUICK = {"batch_size": 16, "width": 16, "latent": 16, "log_every": 5, "progress": False}
+QUICK = {"method": "adversarial", "batch_size": 16, "width": 16, "latent": 16, "log_every": 5, "progress": False}
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_a_generator_lives_for_some_rounds():
 
 
 def test_several_generators_take_turns_and_only_the_one_whose_turn_it_is_learns():
-    made = make(tiny_teacher(), tiny_student(), method="best", generators=3)
+    made = make(tiny_teacher(), tiny_student(), method="adversarial", generators=3)
     assert not torch.equal(*(part.to_pixels.weight for part in made.generator.parts[:2]))
     for turn in (1, 2, 0, 1):
         before = [part.to_pixels.weight.detach().clone() for part in made.generator.parts]
@@ -212,6 +212,22 @@ def test_the_student_sees_the_pool_the_round_or_fresh_images():
     fresh.round(0.0)
     with torch.no_grad():
         assert not torch.equal(fresh.batch(0), fresh.batch(1))
+
+
+def test_images_that_nobody_learns_to_make_fill_the_pool_too_balanced_by_the_teachers_classes():
+    made = make(tiny_teacher(), tiny_student(), method="best", batch_size=50, shift=0)
+    assert made.learner is None
+    for _ in range(6):
+        made.round(0.0)
+    pool, teacher = made.pool, made.pair.teacher
+    assert pool.count == 300
+    kept = pool.generator.normalise(pool.bytes[:300] / 255)
+    with torch.no_grad():
+        known = teacher(kept).argmax(-1)
+        drawn = teacher(torch.cat([made.batch(step) for step in range(40)])).argmax(-1)
+    assert (pool.classes[:300] == known).float().mean() > 0.98  # told before they were made bytes
+    before, after = (torch.bincount(labels, minlength=4) / len(labels) for labels in (known, drawn))
+    assert before.max() > 0.4 and (after - 0.25).abs().max() < 0.06
 
 
 def test_a_pool_that_nothing_fills_gives_way_to_fresh_images():
@@ -286,6 +302,8 @@ def test_no_network_runs_more_often_than_the_method_needs():
 
 
 def test_contradicting_settings_are_refused():
+    with pytest.raises(ValueError, match="balanced is True, which goes with images='pool'; images is 'fresh'"):
+        make(tiny_teacher(), tiny_student(), method="dfad", balanced=True)
     with pytest.raises(ValueError, match="generators is 2; several take turns only where they go on learning"):
         make(tiny_teacher(), tiny_student(), method="cmi", generators=2)
     with pytest.raises(ValueError, match="robust is True; dropped patches stay"):

@@ -74,6 +74,8 @@ class Config:
     """Share of the student's steps on replayed batches, where images are fresh."""
     pool: int = OF_METHOD
     """Images kept for replay, on the device, as bytes."""
+    balanced: bool = OF_METHOD
+    """Draw from the pool as many images of each of the teacher's classes, as far as it has them."""
     shift: float = OF_METHOD
     """Images are shifted by up to this share of their sides, each by its own, before both networks see them."""
     turn: float = OF_METHOD
@@ -205,7 +207,7 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("generator", lambda value: isinstance(value, str), "the name of a generator"),
     ("precision", ("float32", "bfloat16").__contains__, "float32, bfloat16"),
     (
-        "overwrite accelerate progress learn_latent conditional robust",
+        "overwrite accelerate progress learn_latent conditional robust balanced",
         lambda value: isinstance(value, bool),
         "True, False",
     ),

@@ -1,9 +1,11 @@
-"""Images of earlier generators, kept on the device so that the student does not forget what they taught."""
+"""Images made earlier, kept on the device so that the student does not forget what they taught."""
 
 import torch
 from torch import Tensor
 
 from vitkd_fast.generator import Generator
+
+RAREST = 0.1  # a class is drawn as if it had at least this part of an equal share of the images
 
 
 class ReplayPool:
@@ -12,25 +14,43 @@ class ReplayPool:
     Args:
         capacity: images kept; rounded up to whole batches.
         generator: whose images come in; it knows their normalisation.
+        classes: how many there are, to draw images of all of them equally often; 0: to draw every image equally often.
     """
 
-    def __init__(self, capacity: int, generator: Generator) -> None:
+    def __init__(self, capacity: int, generator: Generator, classes: int = 0) -> None:
         self.capacity, self.generator = capacity, generator
         self.bytes = torch.empty(0, dtype=torch.uint8)  # (capacity, C, H, W) from the first batch on
         self.count = self.cursor = 0
+        self.members = torch.zeros(classes)  # of each class
+        self.classes = torch.empty(0, dtype=torch.int64)  # (capacity,) of each image
 
-    def add(self, images: Tensor) -> None:
-        """Keep (B, C, H, W) normalised images in place of the oldest; every batch must have the first one's size."""
+    def add(self, images: Tensor, classes: Tensor | None = None) -> None:
+        """Keep (B, C, H, W) normalised images, of (B,) classes where those matter, in place of the oldest; every batch
+        must have the first one's size."""
         size = len(images)
         if self.count == 0:
             batches = -(-self.capacity // size)
             self.bytes = images.new_empty(batches * size, *images.shape[1:], dtype=torch.uint8)
+            self.classes = torch.zeros(batches * size, dtype=torch.int64, device=images.device)
+            self.members = self.members.to(images.device)
+        ring = slice(self.cursor, self.cursor + size)
         pixels = self.generator.pixels(images.detach()).mul_(255).round_().clamp_(0, 255)
-        self.bytes[self.cursor : self.cursor + size] = pixels.to(torch.uint8)
+        if classes is not None:
+            one = torch.ones((), device=images.device).expand(size)
+            if self.count == len(self.bytes):
+                self.members.index_add_(0, self.classes[ring], one, alpha=-1)
+            self.members.index_add_(0, classes, one)
+            self.classes[ring] = classes
+        self.bytes[ring] = pixels.to(torch.uint8)
         self.cursor = (self.cursor + size) % len(self.bytes)
         self.count = min(self.count + size, len(self.bytes))
 
     def sample(self, count: int) -> Tensor:
         """`count` images drawn with replacement, normalised again."""
-        index = torch.randint(self.count, (count,), device=self.bytes.device)
+        if len(self.members):
+            least = RAREST * self.count / len(self.members)
+            chances = self.members.clamp(min=least).reciprocal()[self.classes[: self.count]]
+            index = torch.multinomial(chances, count, replacement=True)
+        else:
+            index = torch.randint(self.count, (count,), device=self.bytes.device)
         return self.generator.normalise(self.bytes[index].float().div_(255))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vitkd_fast import contrast, noisy_generator, transformer_generator  # noqa: F401  they register themselves
+from vitkd_fast import contrast, noisy_generator, procedural, transformer_generator  # noqa: F401  they register
 from vitkd_fast.augment import augmented
 from vitkd_fast.config import Config
 from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings, Several
@@ -37,13 +37,19 @@ class Synthesis:
         kind = GENERATORS[config.generator]
         made = [kind(pair.spec, settings) for _ in range(config.generators)]
         self.generator: Generator = (made[0] if config.generators == 1 else Several(made)).to(pair.device)
-        self.pool = ReplayPool(config.pool, self.generator)
+        self.pool = ReplayPool(config.pool, self.generator, pair.classes if config.balanced else 0)
         self.patches = _patches(pair, config)
         self.latent = nn.Parameter(torch.zeros(config.batch_size, config.latent, device=pair.device))
         learns = [self.generator, self.terms.modules]
         learns += [nn.ParameterList([self.latent])] if config.learn_latent else []
         self.learner: GuardedOptimizer | None = None
-        if self.terms.names and any(weight.requires_grad for weight in self.generator.parameters()):
+        if self.terms.names:
+            if not any(weight.requires_grad for weight in self.generator.parameters()):
+                raise ValueError(
+                    f"generator {config.generator!r} has nothing to learn, so generator_objectives "
+                    f"{', '.join(self.terms.names)} would do nothing; leave them out, or choose another generator, "
+                    f"such as 'convolutional'."
+                )
             self.learner = GuardedOptimizer(
                 "generator",
                 nn.ModuleList(learns),
@@ -59,9 +65,17 @@ class Synthesis:
         self.images: Tensor | None = None  # of this round
 
     def round(self, progress: float) -> None:
-        """Improve the generator: images on which the networks say what the objectives want."""
-        if self.learner is None:
-            return
+        """Improve the generator, if it can learn, and add to the pool, if that is what the student sees."""
+        improved = None if self.learner is None else self._improve(self.learner, progress)
+        if self.config.images == "pool":
+            with torch.no_grad(), self.autocast():
+                images = self._images(*(improved or self._draw()))
+                balanced = self.config.balanced
+                classes = self.pair.look(self.pair.teacher, images).logits.argmax(-1) if balanced else None
+            self.pool.add(images, classes)
+
+    def _improve(self, learner: GuardedOptimizer, progress: float) -> tuple[Tensor, Tensor | None]:
+        """Images on which the networks say what the objectives want; noise and labels of the last of them."""
         config = self.config
         self._restart()
         # Where the images of a round are what is wanted, they are the same throughout; else each step has its own.
@@ -71,17 +85,15 @@ class Synthesis:
             if step and not same:
                 noise, labels = self._draw()
             loss, values, images = self._judge(noise, labels, step)
-            self.learner.step(loss, values, self._progress(step, progress))
+            learner.step(loss, values, self._progress(step, progress))
         self.images = images
-        if config.images == "pool":
-            with torch.no_grad(), self.autocast():
-                self.pool.add(self._images(noise, labels))
         for module in self.terms.modules:
             if hasattr(module, "end_round"):
                 module.end_round()  # type: ignore[operator]
         if config.restart == "meta":
             torch._foreach_lerp_(self.start, [weight.detach() for weight in self.generator.parameters()], META_RATE)
         self.rounds += 1
+        return noise, labels
 
     def batch(self, step: int) -> Tensor:
         """Images for the student's step, without a graph, each moved a little by its own."""
@@ -188,6 +200,8 @@ def is_due(step: int, share: float) -> bool:
 
 
 def _check(config: Config) -> None:
+    if config.balanced and config.images != "pool":
+        raise ValueError(f"balanced is True, which goes with images='pool'; images is {config.images!r}.")
     if config.generators > 1 and (config.restart != "never" or config.life or config.learn_latent):
         raise ValueError(
             f"generators is {config.generators}; several take turns only where they go on learning: with "

@@ -1,0 +1,162 @@
+"""Images drawn by a program: strokes, shapes and textures at random, for which no data are needed.
+
+A network that has learned from images of one kind answers those of another in its own way, and a student that is shown
+enough different ones learns to answer alike (Beyer et al. 2022; Asano and Saeed 2023, whose images are crops of a
+single picture). What a program draws can stand for a picture (Kataoka et al. 2020; Baradad et al. 2021), and unlike
+what a generator learns to make it has nothing in it that only this teacher sees.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd_fast.generator import Generator, register
+
+LAYERS = 5  # shapes on an image, at most
+SEGMENTS = 8  # straight pieces of a stroke
+FINEST = 32  # points of the short side at which distances are computed; between them they are interpolated
+NOISE_ALONE = 0.15  # share of the images on which there are no shapes
+
+
+@register("procedural")
+class Procedural(Generator):
+    """What `drawn` draws. There is nothing to learn."""
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        spec = self.spec
+        return self.normalise(drawn(len(noise), spec.channels, spec.height, spec.width, self.mean.device))
+
+
+def drawn(count: int, channels: int, height: int, width: int, device: torch.device) -> Tensor:
+    """(count, channels, height, width) images in [0, 1], from the device's global random state."""
+    canvas = Canvas(height, width, device)
+    images = canvas.shapes(count, channels)
+    images = canvas.textured(images)
+    return images[torch.randperm(count, device=device)].clamp_(0, 1)
+
+
+class Canvas:
+    """Draws images of one size. Lengths are in halves of the short side, (row, column), from the image's middle."""
+
+    def __init__(self, height: int, width: int, device: torch.device) -> None:
+        self.size, self.device = (height, width), device
+        short = min(height, width)
+        self.pixel = 2 / short
+        fine = min(1.0, FINEST / short)
+        self.grid = round(height * fine), round(width * fine)
+        rows, columns = (
+            (torch.arange(n, device=device) - (n - 1) / 2) * (side / n) * self.pixel
+            for n, side in zip(self.grid, self.size, strict=True)
+        )
+        self.points = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(1, -1, 2)
+        self.reach = self.points.amax((0, 1))  # of the image, from its middle
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, device=self.device)
+
+    def chance(self, *shape: int, of: float) -> Tensor:
+        return torch.rand(*shape, device=self.device) < of
+
+    def shapes(self, count: int, channels: int) -> Tensor:
+        """One to five shapes on a plain ground, (B, C, H, W): strokes, or filled ones, or both."""
+        black_or_white = self.chance(count, 1, of=1 / 3).float().expand(-1, channels)
+        ground = torch.where(self.chance(count, 1, of=0.5), black_or_white, self.colours(count, channels))
+        images = ground[:, :, None, None].repeat(1, 1, *self.size)
+        # Half of the images have one colour that stands out, and on most all shapes have the same.
+        opposite = (ground.mean(1, keepdim=True) < 0.5).float().expand(-1, channels)
+        ink = torch.where(self.chance(count, 1, of=0.5), opposite, self.colours(count, channels))
+        one_ink = self.chance(count, 1, of=0.6)
+        thickness = 0.06 + 0.3 * self.uniform(count).square()
+        blur = self.uniform(count, low=0.5, high=2.0) * self.pixel
+        for layer in range(LAYERS):
+            drawn_on = slice(0, -(-count * (LAYERS - layer) // LAYERS))
+            for kind in range(3):
+                chosen = slice(kind, drawn_on.stop, 3)
+                part = images[chosen]
+                if len(part) == 0:
+                    continue
+                strokes = kind == 0 or (kind == 1 and layer % 2 == 0)
+                outline = self.strokes(thickness[chosen]) if strokes else self.regions(len(part))
+                cover = self.cover(outline, blur[chosen])
+                colour = torch.where(one_ink[chosen], ink[chosen], self.colours(len(part), channels))
+                part.lerp_(colour[:, :, None, None].expand_as(part), cover.expand_as(part))
+        return images
+
+    def colours(self, count: int, channels: int) -> Tensor:
+        """(count, channels) of any brightness and of any saturation."""
+        grey = self.uniform(count, 1)
+        return grey.lerp(self.uniform(count, channels), self.uniform(count, 1)) if channels > 1 else grey
+
+    def cover(self, distance: Tensor, blur: Tensor) -> Tensor:
+        """Distances from an outline, negative inside, (B, points), as how much a shape covers, (B, 1, H, W)."""
+        distance = distance.view(-1, 1, *self.grid)
+        if self.grid != self.size:
+            distance = F.interpolate(distance, self.size, mode="bilinear", align_corners=False)
+        return (0.5 - distance / blur[:, None, None, None]).clamp_(0, 1)
+
+    def strokes(self, thickness: Tensor) -> Tensor:
+        """Distances from curves with two ends or from parts of a ring, of half that thickness, (B, points)."""
+        count = len(thickness)
+        t = torch.linspace(0, 1, SEGMENTS + 1, device=self.device)[None, :, None]
+        start, middle, end = (self.uniform(count, 3, 2, low=-0.95, high=0.95) * self.reach).split(1, dim=1)
+        straight = (start + middle + end) / 3
+        middle = straight.lerp(middle, self.uniform(count, 1, 1, high=2.0))
+        curve = (1 - t).square() * start + 2 * t * (1 - t) * middle + t.square() * end
+        centre = self.uniform(count, 1, 2, low=-0.6, high=0.6) * self.reach
+        turned = self.uniform(count, 1, 1) + t * self.uniform(count, 1, 1, low=0.4, high=2.2).clamp_max(1)
+        radii = self.uniform(count, 1, 1, low=0.15, high=0.75)
+        squeezed = self.uniform(count, 1, 1, low=0.5, high=1.5)
+        angle = 2 * math.pi * turned
+        ring = centre + radii * torch.cat((angle.sin() * squeezed, angle.cos()), -1)
+        corners = torch.where(self.chance(count, 1, 1, of=0.35), ring, curve)
+        return self.from_line(corners) - thickness[:, None]
+
+    def from_line(self, corners: Tensor) -> Tensor:
+        """Distance of every point from the line through (B, corners, 2), (B, points)."""
+        nearest = None
+        rows, columns = self.points.unbind(-1)
+        for start, step in zip(corners[:, :-1].unbind(1), corners.diff(dim=1).unbind(1)):
+            (row, column), (down, right) = start[..., None].unbind(1), step[..., None].unbind(1)
+            row, column = rows - row, columns - column
+            along = ((row * down + column * right) / (down * down + right * right).clamp_min(1e-8)).clamp_(0, 1)
+            square = (row - along * down).square_() + (column - along * right).square_()
+            nearest = square if nearest is None else torch.minimum(nearest, square)
+        assert nearest is not None
+        return nearest.sqrt_()
+
+    def regions(self, count: int) -> Tensor:
+        """Distances, about, from the outlines of ellipses and boxes, (B, points)."""
+        middle = self.uniform(count, 1, 2, low=-1, high=1) * self.reach
+        row, column = (self.points - middle).unbind(-1)
+        angle = 2 * math.pi * self.uniform(count, 1)
+        along, across = column * angle.cos() + row * angle.sin(), row * angle.cos() - column * angle.sin()
+        half = 0.1 + 0.9 * self.uniform(count, 2).pow(1.5)
+        along, across = along / half[:, :1], across / half[:, 1:]
+        ellipse, box = torch.hypot(along, across), torch.maximum(along.abs(), across.abs())
+        return (torch.where(self.chance(count, 1, of=0.5), ellipse, box) - 1) * half.amin(1, keepdim=True)
+
+    def textured(self, images: Tensor) -> Tensor:
+        """Noise of its own kind over half of the images, and instead of some."""
+        count, channels = images.shape[:2]
+        noise = self.noise(count, channels)
+        strength = 0.25 * self.uniform(count, 1, 1, 1) * self.chance(count, 1, 1, 1, of=0.5)
+        ground = self.uniform(count, channels, 1, 1, low=0.2, high=0.8)
+        contrast = self.uniform(count, 1, 1, 1, low=0.1, high=0.5)
+        alone = self.chance(count, 1, 1, 1, of=NOISE_ALONE)
+        return torch.where(alone, ground + contrast * noise, images + strength * noise)
+
+    def noise(self, count: int, channels: int) -> Tensor:
+        """Noise whose amplitude falls with the frequency to a random power, (B, C, H, W), of about unit variance; most
+        of it is the same in all channels."""
+        height, width = self.size
+        rows, columns = torch.fft.fftfreq(height, device=self.device), torch.fft.rfftfreq(width, device=self.device)
+        frequency = torch.hypot(rows[:, None], columns).clamp_min(1 / max(self.size))
+        amplitude = frequency.pow(-self.uniform(count, 1, 1, 1, low=0.3, high=2.0))
+        amplitude[:, :, 0, 0] = 0
+        white = torch.randn(count, 1, height, width, device=self.device)
+        if channels > 1:
+            white = white + 0.5 * torch.randn(count, channels, height, width, device=self.device)
+        noise = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=self.size)
+        return noise / noise.std((1, 2, 3), correction=0, keepdim=True).clamp_min(1e-6)
