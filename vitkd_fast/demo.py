@@ -78,9 +78,6 @@ def demo(
             student,
             steps=steps,
             batch_size=BATCH_SIZE,
-            width=64,
-            # Every image of the run: with the last 8,192 one student in four ended at 93 %.
-            pool=BATCH_SIZE // 2 * steps,
             seed=seed,
             evaluate=[held],
             out=out,
