@@ -43,6 +43,14 @@ def test_the_student_comes_to_agree_with_the_teacher():
     assert agreement_of(student, teacher) > before + 0.35  # on images that no generator made
 
 
+def test_drawn_images_teach_too():
+    teacher, student = tiny_teacher(), tiny_student()
+    before = agreement_of(student.eval(), teacher)
+    result = distill(teacher, student.train(), **{**QUICK, "method": "best"}, steps=400, student_lr=0.03)
+    assert "generator_gradient" not in result.history[-1]
+    assert agreement_of(student, teacher) > before + 0.35
+
+
 def test_the_generator_looks_for_disagreement():
     """Against a student that hardly learns, on which it can only gain."""
     alone = {"generator_objectives": {"one_hot": 0.0, "balance": 0.0}, "robust": False}
@@ -135,7 +143,8 @@ def test_no_weight_gradient_is_computed_for_frozen_networks():
 SYNCS = ("aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default", "aten.nonzero.default")
 
 
-def test_the_host_reads_from_the_device_at_log_points_only(monkeypatch):
+@pytest.mark.parametrize("method", ["best", "adversarial"])
+def test_the_host_reads_from_the_device_at_log_points_only(monkeypatch, method):
     steps, reads = [], []
 
     class Watch(TorchDispatchMode):
@@ -158,7 +167,7 @@ def test_the_host_reads_from_the_device_at_log_points_only(monkeypatch):
     student = tiny_student()
     student.norm.register_forward_hook(lambda module, args, output: steps.append(1) if module.training else None)
     with Watch():
-        distill(tiny_teacher(), student, steps=25, **QUICK)
+        distill(tiny_teacher(), student, steps=25, **{**QUICK, "method": method})
     during = [read for read in reads if 0 < read[0] < 25]
     assert {step for step, _ in during} == {10, 20}
     assert Counter(name for _, name in during) == {"tolist": 4}  # generator's and student's ledger, twice

@@ -104,8 +104,8 @@ def test_a_generator_of_your_own_is_one_registered_class():
     try:
         with pytest.raises(ValueError, match="there is a generator 'grey' already"):
             register("grey")(Grey)
-        options = {"batch_size": 8, "latent": 4, "progress": False, "generator_lr": 0.1}
-        result = distill(tiny_teacher(), tiny_student(), generator="grey", generators=1, steps=20, **options)
+        options = {"method": "dfad", "batch_size": 8, "latent": 4, "progress": False, "generator_lr": 0.1}
+        result = distill(tiny_teacher(), tiny_student(), generator="grey", steps=20, **options)
     finally:
         GENERATORS.clear()
         GENERATORS.update(known)

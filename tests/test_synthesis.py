@@ -304,6 +304,10 @@ def test_no_network_runs_more_often_than_the_method_needs():
 def test_contradicting_settings_are_refused():
     with pytest.raises(ValueError, match="balanced is True, which goes with images='pool'; images is 'fresh'"):
         make(tiny_teacher(), tiny_student(), method="dfad", balanced=True)
+    with pytest.raises(ValueError, match="'procedural' has nothing to learn, so generator_objectives balance would do"):
+        make(tiny_teacher(), tiny_student(), method="best", generator_objectives={"balance": 1.0})
+    with pytest.raises(ValueError, match="'convolutional' has nothing to minimise under method 'best'; give"):
+        make(tiny_teacher(), tiny_student(), method="best", generator="convolutional")
     with pytest.raises(ValueError, match="generators is 2; several take turns only where they go on learning"):
         make(tiny_teacher(), tiny_student(), method="cmi", generators=2)
     with pytest.raises(ValueError, match="robust is True; dropped patches stay"):

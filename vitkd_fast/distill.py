@@ -1,7 +1,7 @@
 """Data-free distillation: a generator makes images, the teacher labels them, the student learns from the teacher.
 
-A generator that learns plays against the student (Fang et al. 2019; Habib et al. 2024): it looks for images on which the
-student still disagrees with the teacher, the student learns to agree on them. One that only draws has nothing to learn.
+A generator that learns plays against the student (Fang et al. 2019; Habib et al. 2024): it looks for images on which
+the student still disagrees with the teacher, the student learns to agree on them. One that only draws learns nothing.
 """
 
 from dataclasses import dataclass

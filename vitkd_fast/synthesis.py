@@ -43,13 +43,8 @@ class Synthesis:
         learns = [self.generator, self.terms.modules]
         learns += [nn.ParameterList([self.latent])] if config.learn_latent else []
         self.learner: GuardedOptimizer | None = None
+        _check_learning(self.generator, self.terms, config)
         if self.terms.names:
-            if not any(weight.requires_grad for weight in self.generator.parameters()):
-                raise ValueError(
-                    f"generator {config.generator!r} has nothing to learn, so generator_objectives "
-                    f"{', '.join(self.terms.names)} would do nothing; leave them out, or choose another generator, "
-                    f"such as 'convolutional'."
-                )
             self.learner = GuardedOptimizer(
                 "generator",
                 nn.ModuleList(learns),
@@ -219,6 +214,21 @@ def _check(config: Config) -> None:
         )
     if config.keep_patches < 1 and config.restart != "round":
         raise ValueError(f"keep_patches is {config.keep_patches}, which goes with restart='round'.")
+
+
+def _check_learning(generator: Generator, terms: Terms, config: Config) -> None:
+    """A generator that can learn has something to minimise, and one that cannot has not."""
+    learns = any(weight.requires_grad for weight in generator.parameters())
+    if terms.names and not learns:
+        raise ValueError(
+            f"generator {config.generator!r} has nothing to learn, so generator_objectives {', '.join(terms.names)} "
+            f"would do nothing; leave them out, or choose another generator, such as 'convolutional'."
+        )
+    if learns and not terms.names:
+        raise ValueError(
+            f"generator {config.generator!r} has nothing to minimise under method {config.method!r}; give "
+            f"generator_objectives, or a method whose generator learns, such as 'adversarial'."
+        )
 
 
 def _patches(pair: Pair, config: Config) -> LivePatches | None:
