@@ -230,11 +230,10 @@ def test_images_that_nobody_learns_to_make_fill_the_pool_too_balanced_by_the_tea
     assert before.max() > 0.4 and (after - 0.25).abs().max() < 0.06
 
 
-def test_a_pool_that_nothing_fills_gives_way_to_fresh_images():
-    made = make(*vits(), method="deepinversion", generator_objectives={"asked": 0.0, "total_variation": 0.0})
-    assert made.learner is None  # BatchNorm is missing as well
-    made.round(0.0)
-    assert made.batch(0).shape == (8, 1, SIZE, SIZE)
+def test_a_generator_all_of_whose_objectives_are_off_is_refused():
+    """BatchNorm is missing as well."""
+    with pytest.raises(ValueError, match="'pixels' has nothing to minimise under method 'deepinversion'"):
+        make(*vits(), method="deepinversion", generator_objectives={"asked": 0.0, "total_variation": 0.0})
 
 
 def test_rolled_moves_all_images_alike_and_passes_the_gradient_back():
