@@ -41,13 +41,14 @@ from vitkd_fast.checkpoint import load_into, read_state_dict
 from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.methods import METHODS, settings_of
+from vitkd_fast.methods import BASE, METHODS, settings_of
 from vitkd_fast.models import image_spec
 from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.pair import probe, student_lr
 
 REAL = ("real_labels", "real_kd")  # the contenders that see real images
 OURS = ("best", "adversarial")
+STUDENTS = ("student_objectives", "student_loss", "student_steps", "temperature")  # what a method decides of it
 PROBE = 0.05  # share of an equal time's seconds that measuring the speed takes, two seconds at least
 DRIFT = 0.1  # a run that missed its seconds by more than this share says so
 
@@ -302,8 +303,8 @@ def kd_on_real_images(bench: Bench, teacher: nn.Module, student: nn.Module, opti
 
 def _instead_of_synthesis(generator: str) -> dict[str, Any]:
     off = dict.fromkeys(settings_of("best")["generator_objectives"], 0.0)
-    plain = {"images": "fresh", "replay": 0.0, "balanced": False, "shift": 0.0, "turn": 0.0, "restart": "never"}
-    return {"generator": generator, "generator_objectives": off, "learn_latent": False, "conditional": False, **plain}
+    plain = {name: value for name, value in BASE.items() if name not in STUDENTS}
+    return plain | {"generator": generator, "generator_objectives": off, "shift": 0.0}
 
 
 def learning_from_labels(bench: Bench, teacher: Teacher, student: nn.Module, seed: int, steps: int) -> Learning:

@@ -24,8 +24,12 @@ def batch_of(pool, *levels):
     return pool.generator.normalise(pixels)
 
 
+def drawn_levels(pool, draws):
+    return (pool.generator.pixels(pool.sample(draws))[:, 0, 0, 0] * 255).round().int()
+
+
 def levels_in(pool, draws=400):
-    return set((pool.generator.pixels(pool.sample(draws))[:, 0, 0, 0] * 255).round().int().tolist())
+    return set(drawn_levels(pool, draws).tolist())
 
 
 def test_only_what_was_put_in_is_drawn_and_all_of_it(pool):
@@ -56,7 +60,7 @@ def test_a_pool_keeps_no_graph(pool):
 
 
 def shares(pool, *levels, draws=20_000):
-    found = (pool.generator.pixels(pool.sample(draws))[:, 0, 0, 0] * 255).round().int()
+    found = drawn_levels(pool, draws)
     return [(found == level).float().mean().item() for level in levels]
 
 

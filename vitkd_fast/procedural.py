@@ -71,9 +71,9 @@ class Canvas:
         thickness = 0.06 + 0.3 * self.uniform(count).square()
         blur = self.uniform(count, low=0.5, high=2.0) * self.pixel
         for layer in range(LAYERS):
-            drawn_on = slice(0, -(-count * (LAYERS - layer) // LAYERS))
+            left = -(-count * (LAYERS - layer) // LAYERS)  # images that have as many shapes
             for kind in range(3):
-                chosen = slice(kind, drawn_on.stop, 3)
+                chosen = slice(kind, left, 3)
                 part = images[chosen]
                 if len(part) == 0:
                     continue

@@ -21,7 +21,7 @@ class ReplayPool:
         self.capacity, self.generator = capacity, generator
         self.bytes = torch.empty(0, dtype=torch.uint8)  # (capacity, C, H, W) from the first batch on
         self.count = self.cursor = 0
-        self.members = torch.zeros(classes)  # of each class
+        self.members = torch.zeros(classes)  # how many of each class are here
         self.classes = torch.empty(0, dtype=torch.int64)  # (capacity,) of each image
 
     def add(self, images: Tensor, classes: Tensor | None = None) -> None:
@@ -32,18 +32,16 @@ class ReplayPool:
             batches = -(-self.capacity // size)
             self.bytes = images.new_empty(batches * size, *images.shape[1:], dtype=torch.uint8)
             self.classes = torch.zeros(batches * size, dtype=torch.int64, device=images.device)
-            self.members = self.members.to(images.device)
         ring = slice(self.cursor, self.cursor + size)
         pixels = self.generator.pixels(images.detach()).mul_(255).round_().clamp_(0, 255)
-        if classes is not None:
-            one = torch.ones((), device=images.device).expand(size)
-            if self.count == len(self.bytes):
-                self.members.index_add_(0, self.classes[ring], one, alpha=-1)
-            self.members.index_add_(0, classes, one)
-            self.classes[ring] = classes
         self.bytes[ring] = pixels.to(torch.uint8)
         self.cursor = (self.cursor + size) % len(self.bytes)
         self.count = min(self.count + size, len(self.bytes))
+        if classes is not None:
+            self.classes[ring] = classes
+            one = torch.ones((), device=images.device).expand(self.count)
+            none = torch.zeros(len(self.members), device=images.device)
+            self.members = none.index_add_(0, self.classes[: self.count], one)
 
     def sample(self, count: int) -> Tensor:
         """`count` images drawn with replacement, normalised again."""

@@ -93,7 +93,7 @@ class Synthesis:
     def batch(self, step: int) -> Tensor:
         """Images for the student's step, without a graph, each moved a little by its own."""
         config = self.config
-        if config.images == "pool" and self.pool.count:
+        if config.images == "pool":
             images = self.pool.sample(config.batch_size)
         elif config.images == "round" and self.images is not None:
             images = self.images
