@@ -63,20 +63,24 @@ class RunFolder:
             (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def image_grid(pixels: Tensor, smallest: int = 48):
-    """(B, C, H, W) in [0, 1] as one PIL image, eight to a row; small images are magnified, all but RGB become grey."""
+def image_grid(pixels: Tensor, smallest: int = 48, columns: int = 8):
+    """(B, C, H, W) in [0, 1] as one PIL image of so many columns; small ones are magnified, all but RGB become grey."""
     from PIL import Image
 
-    if pixels.shape[1] != 3:
-        pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    zoom = -(-smallest // min(pixels.shape[-2:]))
-    pixels = pixels.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    pixels = nn.functional.pad(pixels, (1, 1, 1, 1), value=1.0)
-    columns = min(8, len(pixels))
+    pixels = nn.functional.pad(magnified(pixels, smallest), (1, 1, 1, 1), value=1.0)
+    columns = min(columns, len(pixels))
     pixels = nn.functional.pad(pixels, (0, 0) * 3 + (0, -len(pixels) % columns), value=1.0)
     rows = pixels.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
     image = rows.reshape(rows.shape[0] * rows.shape[1], -1, 3).clamp(0, 1).mul(255).round()
     return Image.fromarray(image.to(torch.uint8).cpu().numpy())
+
+
+def magnified(pixels: Tensor, smallest: int) -> Tensor:
+    """(B, C, H, W) as (B, 3, H', W'), a whole number of times larger so that no side is below `smallest`."""
+    if pixels.shape[1] != 3:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    zoom = -(-smallest // min(pixels.shape[-2:]))
+    return pixels.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
 
 
 class Log:
