@@ -1,4 +1,4 @@
-"""Run a timm model's attention on `vitkd_fast.ops.attention`, in place."""
+"""Run the attention of a model of timm or of transformers on `vitkd_fast.ops.attention`, in place."""
 
 import inspect
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitkd_fast import ops
 from vitkd_fast.ops.attention import MAX_HEAD_DIM
+from vitkd_fast.transformers_attention import is_of_transformers, switch
 
 # timm's attention of ViT and DeiT: its home today, and before timm 1.0.20. Matched by name, so that neither
 # `import vitkd_fast` nor `accelerate` imports timm: a model with timm blocks has imported it already.
@@ -48,7 +49,8 @@ class AccelerateReport:
 
 
 def accelerate(model: nn.Module) -> AccelerateReport:
-    """Switch every timm ViT/DeiT attention block in `model` to `vitkd_fast.ops.attention`, in place.
+    """Switch every timm ViT/DeiT attention block in `model` to `vitkd_fast.ops.attention`, in place; and models of
+    transformers that run on torch's attention (`attn_implementation="sdpa"`, their default).
 
     Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle and torch.compile stay as they were; calling
     it again changes nothing. A block that needs what the op lacks keeps its own code, and so does a single call that
@@ -61,9 +63,9 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     Returns:
         How many blocks were switched, and why each of the others was kept; `print` it.
     """
-    switched, kept, eval_only = 0, {}, []
+    switched, kept, eval_only = switch(model), {}, []
     for name, module in model.named_modules():
-        if not _is_attention(module):
+        if not _is_attention(module) or is_of_transformers(module):
             continue
         reason = _reason_to_keep(module)
         if reason is not None:

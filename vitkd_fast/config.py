@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from vitkd_fast.methods import settings_of
+from vitkd_fast.detection import methods as _  # noqa: F401  it registers them
+from vitkd_fast.methods import TaskName, settings_of
 from vitkd_fast.ops.kd_loss import KINDS, Kind
 from vitkd_fast.suggest import suggestion
 
@@ -44,6 +45,8 @@ class Config:
     std: tuple[float, ...] | None = None
     """Per channel, what the teacher's normalisation divides by; read from the teacher when None."""
 
+    task: TaskName = "classification"
+    """What the two networks are for: images as wholes, or the objects in them."""
     method: str = "best"
     """Which of `vitkd_fast.methods.METHODS` decides what follows, where it is not given."""
 
@@ -128,7 +131,9 @@ class Config:
     """Show a progress bar when standard error is a terminal."""
 
     def __post_init__(self) -> None:
-        for name, value in settings_of(self.method).items():
+        if self.task not in get_args(TaskName):
+            raise ValueError(f"task is {self.task!r}; accepted: {', '.join(get_args(TaskName))}.")
+        for name, value in settings_of(self.method, self.task).items():
             given = getattr(self, name)
             if isinstance(value, Mapping) and isinstance(given, Mapping):
                 value = {**value, **given}

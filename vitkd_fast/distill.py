@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkd_fast import evaluate as evaluation
 from vitkd_fast import generator_objectives, student_objectives  # noqa: F401  they register themselves
 from vitkd_fast.config import Config
 from vitkd_fast.generator import GENERATORS, Generator
 from vitkd_fast.guard import GuardedOptimizer, NonFiniteError
-from vitkd_fast.models import default_device, frozen, load_teacher
+from vitkd_fast.models import default_device, frozen
 from vitkd_fast.muon import hidden_matrices
-from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, agreement, check_names
+from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, check_names
 from vitkd_fast.pair import make_pair, resolved
 from vitkd_fast.report import Report, versions
 from vitkd_fast.run import Log, RunFolder
 from vitkd_fast.suggest import suggestion
 from vitkd_fast.synthesis import Synthesis
+from vitkd_fast.tasks import task_of
 
 History = list[dict[str, Any]]
 
@@ -40,9 +40,7 @@ class Result:
     report: Report
 
 
-def distill(
-    teacher: nn.Module | str, student: nn.Module | str, *, evaluate: evaluation.Evaluation | None = None, **options: Any
-) -> Result:
+def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any = None, **options: Any) -> Result:
     """Train `student` to decide as `teacher` does, without any of the data that the teacher was trained on.
 
     Args:
@@ -67,12 +65,13 @@ def distill(
     The same seed gives the same student, bit for bit on the CPU. The caller's random state is left as it was.
     """
     config = Config.of(options)
+    task = task_of(config)
     _check_names(config)
-    evaluation.check(evaluate)
+    task.check_evaluation(evaluate)
     device = default_device(config.device, teacher, student)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        loaded = load_teacher(teacher, config).to(device)
+        loaded = task.load_teacher(teacher, config).to(device)
         with frozen(loaded):
             return _distill(loaded, student, evaluate, config, device)
 
@@ -87,7 +86,7 @@ def _check_names(config: Config) -> None:
 def _distill(
     teacher: nn.Module,
     student: nn.Module | str,
-    evaluate: evaluation.Evaluation | None,
+    evaluate: Any,
     config: Config,
     device: torch.device,
 ) -> Result:
@@ -105,6 +104,7 @@ def _distill(
 
     synthesis = Synthesis(pair, generator_terms, config, autocast)
     assert config.student_lr is not None  # resolved
+    outputs = pair.task.outputs(pair.classes)
     muon = config.optimizer == "muon"
     learner = GuardedOptimizer(
         "student",
@@ -113,7 +113,7 @@ def _distill(
         [*student_terms.names, "agreement"],
         weight_decay=config.weight_decay,
         clip=config.clip,
-        matrices=hidden_matrices(student, pair.convert.student.channels, pair.classes) if muon else (),
+        matrices=hidden_matrices(student, pair.convert.student.channels, outputs) if muon else (),
     )
     folder.start({"teacher": pair.teacher_facts.name, "student": pair.student_facts.name, "settings": config.to_dict()})
     log = Log(config, folder, [part.ledger for part in (synthesis.learner, learner) if part])
@@ -134,8 +134,9 @@ def _distill(
             # The student learns to agree.
             with autocast():
                 by_student = pair.look(student, images, student_terms.needs)
-                loss, values = student_terms(Scene(images, by_teacher, by_student, pair, config))
-            learner.step(loss, values | {"agreement": agreement(by_student.logits, by_teacher.logits)}, progress)
+                scene = Scene(images, by_teacher, by_student, pair, config)
+                loss, values = student_terms(scene)
+            learner.step(loss, values | {"agreement": pair.task.agreement(scene)}, progress)
 
             log.step()
     except KeyboardInterrupt:
@@ -148,10 +149,8 @@ def _distill(
     student.eval()
     generator = synthesis.generator.eval()
     with torch.no_grad():
-        pixels = generator.pixels(generator.sample(64))
-    accuracies = {}
-    if evaluate is not None:
-        accuracies = evaluation.evaluate_pair(teacher, pair.student_of_teachers_images, evaluate, pair.spec)
+        images = generator.sample(64)
+    figures = {} if evaluate is None else pair.task.evaluate(pair, config, evaluate)
     report = Report(
         status=status,
         steps=log.steps,
@@ -164,9 +163,9 @@ def _distill(
         notes=pair.notes,
         settings=config.to_dict(),
         versions=versions(device),
-        **accuracies,
+        **figures,
     )
-    folder.finish(student, pixels, report)
+    folder.finish(student, pair.task.picture(pair, config, images), report)
     if config.progress:
         print(report)
     if failure:

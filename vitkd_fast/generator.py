@@ -31,8 +31,17 @@ class ImageSpec:
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised (B, C, H, W) images back to [0, 1]."""
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = self._per_channel(images)
         return images * std + mean
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """The inverse."""
+        mean, std = self._per_channel(pixels)
+        return (pixels - mean) / std
+
+    def _per_channel(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
 
 
 @dataclass(frozen=True)

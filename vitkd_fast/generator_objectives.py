@@ -17,14 +17,14 @@ from vitkd_fast.pair import Pair
 from vitkd_fast.student_objectives import discrepancy
 
 
-@generator_objective("student")
+@generator_objective("classes", "student")
 def disagreement(scene: Scene) -> Tensor:
     """Minus the distance of the two networks' logits: images that the student gets wrong (Fang et al. 2019, DFAD)."""
     assert scene.student is not None
     return -discrepancy(scene, scene.config.disagreement)
 
 
-@generator_objective("student")
+@generator_objective("classes", "student")
 def boundary(scene: Scene) -> Tensor:
     """Minus KL(teacher ‖ student) where both decide alike, so that images do not run away from where the student is
     right (Fang et al. 2022, FastDFKD)."""
@@ -36,7 +36,7 @@ def boundary(scene: Scene) -> Tensor:
     return -(rows * alike).mean()
 
 
-@generator_objective()
+@generator_objective("classes")
 def one_hot(scene: Scene) -> Tensor:
     """Cross-entropy of the teacher with its own decision, in nats: 0 when it is sure of every image.
 
@@ -45,14 +45,14 @@ def one_hot(scene: Scene) -> Tensor:
     return -F.log_softmax(scene.teacher.logits.float(), dim=-1).amax(-1).mean()
 
 
-@generator_objective("labels")
+@generator_objective("classes", "labels")
 def asked(scene: Scene) -> Tensor:
     """Cross-entropy of the teacher with the label that the image was made for, in nats (Yin et al. 2020)."""
     assert scene.labels is not None
     return F.cross_entropy(scene.teacher.logits.float(), scene.labels)
 
 
-@generator_objective()
+@generator_objective("classes")
 def balance(scene: Scene) -> Tensor:
     """Minus the entropy of the batch's mean prediction, in nats: −log C when every class is equally frequent.
 

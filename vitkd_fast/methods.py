@@ -6,7 +6,7 @@ A method of your own is one call: `register(Method("mine", "what it is", {"stude
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vitkd_fast.suggest import suggestion
 
@@ -48,33 +48,42 @@ BASE: dict[str, Any] = {
     "latent_lr": 0.015,
 }
 
+TaskName = Literal["classification", "detection"]
 METHODS: dict[str, Method] = {}
+DETECTION_METHODS: dict[str, Method] = {}
 
 
-def register(method: Method) -> Method:
-    """Make a method known to `Config(method=…)` and `--method`.
+def methods_of(task: TaskName) -> dict[str, Method]:
+    return DETECTION_METHODS if task == "detection" else METHODS
+
+
+def register(method: Method, task: TaskName = "classification") -> Method:
+    """Make a method known to `Config(method=…)` and `--method`, for one task.
 
     Raises:
         ValueError: the name is taken, or a setting is not one that a method decides.
     """
-    if method.name in METHODS:
+    known = methods_of(task)
+    if method.name in known:
         raise ValueError(f"there is a method {method.name!r} already; choose another name.")
     for name in method.settings:
         if name not in BASE:
             raise ValueError(f"method {method.name!r} sets {name!r}; a method decides {', '.join(BASE)}.")
-    METHODS[method.name] = method
+    known[method.name] = method
     return method
 
 
-def settings_of(name: str) -> dict[str, Any]:
+def settings_of(name: str, task: TaskName = "classification") -> dict[str, Any]:
     """All that the method decides, by the name of the Config field.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method for this task.
     """
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method is {name!r}; {suggestion(name, METHODS)}")
-    return BASE | dict(METHODS[name].settings)
+    known = methods_of(task)
+    if not isinstance(name, str) or name not in known:
+        of_task = "" if task == "classification" else f" and task {task!r}"
+        raise ValueError(f"method is {name!r}{of_task}; {suggestion(name, known)}")
+    return BASE | dict(known[name].settings)
 
 
 register(

@@ -212,7 +212,17 @@ def _timm():
 
 
 def _cfg(model: nn.Module) -> Mapping[str, Any]:
-    return getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    said = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    return _config_of_transformers(model) | dict(said)
+
+
+def _config_of_transformers(model: nn.Module) -> dict[str, Any]:
+    """The image size that a model of transformers says in its config, if it has one."""
+    config = getattr(model, "config", None)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if not size or not channels:
+        return {}
+    return {"input_size": (channels, *((size, size) if isinstance(size, int) else size))}
 
 
 def _input_channels(model: nn.Module) -> int | None:

@@ -1,6 +1,6 @@
 """Muon: steps along the momentum of a matrix with all its singular values made alike (Jordan et al. 2024)."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,9 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def hidden_matrices(model: nn.Module, channels: int, classes: int) -> list[Tensor]:
-    """The weights that Muon is for: of Linear and convolutions, but for those that take images or give classes.
+def hidden_matrices(model: nn.Module, channels: int, outputs: Collection[int]) -> list[Tensor]:
+    """The weights that Muon is for: of Linear and convolutions, but for those that take images and those that
+    answer, which are as wide as one of the `outputs`.
 
     Rows are outputs; a convolution's columns are all inputs of an output. Grouped convolutions are left out: the rows
     of their matrices have different inputs.
@@ -69,7 +70,7 @@ def hidden_matrices(model: nn.Module, channels: int, classes: int) -> list[Tenso
     found: dict[Tensor, None] = {}  # in order, tied ones once
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            hidden = layer.out_features != classes
+            hidden = layer.out_features not in outputs
         elif isinstance(layer, nn.modules.conv._ConvNd):
             hidden = layer.groups == 1 and layer.in_channels != channels and not layer.transposed
         else:

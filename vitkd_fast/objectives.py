@@ -26,10 +26,11 @@ from vitkd_fast.suggest import suggestion
 if TYPE_CHECKING:
     from vitkd_fast.pair import Pair
 
-Need = Literal["student", "tokens", "blocks", "attention", "labels"]
-"""What an objective looks at: the "student" (a student's objective always does), the last "tokens", the tokens after
-all "blocks", the packed qkv of all blocks' "attention", the "labels" that a generator was asked for. Tokens, blocks and
-attention are the teacher's for a generator's objective, both networks' for a student's."""
+Need = Literal["student", "classes", "boxes", "tokens", "blocks", "attention", "labels"]
+"""What an objective looks at: the "student" (a student's objective always does), a classifier's "classes" or a
+detector's "boxes", the last "tokens", the tokens after all "blocks", the packed qkv of all blocks' "attention", the
+"labels" that a generator was asked for. Tokens, blocks and attention are the teacher's for a generator's objective,
+both networks' for a student's."""
 
 
 @dataclass
@@ -37,13 +38,15 @@ class View:
     """What one network makes of a batch. Where student and teacher have different depths, blocks are paired."""
 
     logits: Tensor
-    """(B, classes)"""
+    """(B, classes); of a detector (B, queries, classes + 1), the last for there being nothing."""
     tokens: Tensor | None = None
     """The last tokens (B, N, D), after the final norm, of a model with timm's forward_features."""
     blocks: Sequence[Tensor] = ()
     """Tokens after each block, (B, N, D)."""
     attention: Sequence[Tensor] = ()
     """Packed qkv of each block, (B, N, 3, H, D)."""
+    boxes: Tensor | None = None
+    """Of a detector, (B, queries, 4): centre x, centre y, width, height, in [0, 1] of the image's sides."""
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Scene:
     """(B,) what the generator was asked for, if it is conditional."""
     noise: Tensor | None = None
     """(B, latent) that the images were made from."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What objectives have worked out and others need too."""
 
 
 Function = Callable[[Scene], Tensor]
@@ -179,8 +184,3 @@ def check_names(weights: Mapping[str, float], registry: Mapping[str, Objective],
     for name in weights:
         if name not in registry:
             raise ValueError(f"{setting} has no {name!r}; {suggestion(name, registry)}")
-
-
-def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Share of images, in [0, 1], for which student and teacher decide alike."""
-    return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from vitkd_fast.config import Config
 from vitkd_fast.conversion import Conversion
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.layout import Layout, layout_of, why_not_aligned
-from vitkd_fast.models import create_student, forward, frozen, image_spec, student_image_spec
+from vitkd_fast.layout import Layout, why_not_aligned
+from vitkd_fast.models import frozen, image_spec, student_image_spec
 from vitkd_fast.objectives import View
 from vitkd_fast.report import ModelFacts, model_facts
 from vitkd_fast.taps import What, layer_map, taps
+from vitkd_fast.tasks import Classification, task_of
 
 Role = Literal["teacher", "student"]
 TAPPED: dict[str, What] = {"blocks": "tokens", "attention": "qkv"}  # what an objective needs -> what taps record
@@ -40,6 +41,7 @@ class Pair:
     """Of two images' last tokens, (2, N, D); None: it has none that are known."""
     student_tokens: torch.Size | None
     notes: list[str] = field(default_factory=list)
+    task: Classification = field(default_factory=Classification)
     _untappable: dict[tuple[Role, What], str | None] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -64,8 +66,8 @@ class Pair:
         """Of the last tokens."""
         teacher, student = self.teacher_tokens, self.student_tokens
         return {
-            "teacher": None if teacher is None else layout_of(self.teacher, teacher[1], self.spec),
-            "student": None if student is None else layout_of(self.student, student[1], self.convert.student),
+            "teacher": None if teacher is None else self.task.layout(self.teacher, teacher[1], self.spec),
+            "student": None if student is None else self.task.layout(self.student, student[1], self.convert.student),
         }
 
     @cached_property
@@ -83,12 +85,17 @@ class Pair:
 
     def missing(self, needs: Collection[str], *, student: bool) -> str | None:
         """Why an objective of these needs cannot be had: from the teacher, and from the student too if `student`."""
+        detects = self.task.name == "detection"
+        if "classes" in needs and detects:
+            return "it is for classifiers, and these are detectors"
+        if "boxes" in needs and not detects:
+            return "it is for detectors, with task='detection'"
         if not {"tokens", "blocks", "attention"} & set(needs):
             return None
         roles: tuple[Role, ...] = ("student", "teacher") if student else ("teacher",)
         for role in roles:
             if self.layouts[role] is None:
-                return f"the {role} has no forward_features that gives (B, N, D) tokens"
+                return f"the {role} has no (B, N, D) tokens that are known, as timm's forward_features gives them"
         own, followed = self.layouts["student"], self.layouts["teacher"]
         assert followed is not None
         if student and own and (reason := why_not_aligned(own, followed, resize="attention" not in needs)):
@@ -109,15 +116,14 @@ class Pair:
             images = self.convert(images)
         what = [tapped for need, tapped in TAPPED.items() if need in needs]
         if not what:
-            return View(*forward(model, images))
+            return self.task.look(model, images)
         chosen = range(depth(self.student)) if model is self.student else self.followed
         with taps(model, sorted(set(chosen)), what) as tapped:
-            logits, tokens = forward(model, images)
-        return View(
-            logits,
-            tokens,
-            [tapped.tokens[block] for block in chosen] if "tokens" in what else (),
-            [tapped.qkv[block] for block in chosen] if "qkv" in what else (),
+            seen = self.task.look(model, images)
+        return replace(
+            seen,
+            blocks=[tapped.tokens[block] for block in chosen] if "tokens" in what else (),
+            attention=[tapped.qkv[block] for block in chosen] if "qkv" in what else (),
         )
 
     def _why_untappable(self, role: Role, what: What) -> str | None:
@@ -127,7 +133,7 @@ class Pair:
             self._untappable[role, what] = None
             try:
                 with frozen(model), torch.no_grad(), taps(model, what=[what]):
-                    forward(model, _blank(spec, self.device))
+                    self.task.look(model, _blank(spec, self.device))
             except (ValueError, TypeError) as error:
                 self._untappable[role, what] = str(error).partition(";")[0].rstrip(".")
         return self._untappable[role, what]
@@ -139,15 +145,16 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
     Raises:
         ValueError: one of them does not take its images or give (B, classes) logits, or the classes differ.
     """
+    task = task_of(config)
     spec = image_spec(teacher, config)
-    classes, teacher_tokens = probe(teacher, spec, device, "teacher")
+    classes, teacher_tokens = probe(teacher, spec, device, "teacher", task)
     if isinstance(student, str):
         name, own_spec = student, spec
-        student = create_student(student, spec, classes)
+        student = task.create_student(student, spec, classes)
     else:
         name, own_spec = type(student).__name__, student_image_spec(student, teacher, spec)
     student = student.to(device)
-    student_classes, student_tokens = probe(student, own_spec, device, "student")
+    student_classes, student_tokens = probe(student, own_spec, device, "student", task)
     if student_classes != classes:
         raise ValueError(f"student knows {student_classes} classes and teacher {classes}; they must be the same.")
 
@@ -173,6 +180,7 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
         teacher_tokens=teacher_tokens,
         student_tokens=student_tokens,
         notes=notes,
+        task=task,
     )
 
 
@@ -209,16 +217,18 @@ def _blank(spec: ImageSpec, device: torch.device) -> Tensor:
     return torch.zeros(2, spec.channels, spec.height, spec.width, device=device)
 
 
-def probe(model: nn.Module, spec: ImageSpec, device: torch.device, role: Role) -> tuple[int, torch.Size | None]:
+def probe(
+    model: nn.Module, spec: ImageSpec, device: torch.device, role: Role, task: Classification
+) -> tuple[int, torch.Size | None]:
     """How many classes it knows, and the shape of two blank images' last tokens; it stays as it was.
 
     Raises:
-        ValueError: it does not take such images, or gives no (2, classes) logits for them.
+        ValueError: it does not take such images, or does not give for them what the task needs.
     """
     images = _blank(spec, device)
     try:
         with frozen(model), torch.no_grad():
-            logits, tokens = forward(model, images)
+            seen = task.look(model, images)
     except Exception as error:  # whatever a stranger's forward raises
         hint = {
             "teacher": "If they are not its images, pass image_size= and channels=.",
@@ -227,7 +237,8 @@ def probe(model: nn.Module, spec: ImageSpec, device: torch.device, role: Role) -
         raise ValueError(
             f"{role} {type(model).__name__} cannot take images of shape {tuple(images.shape)}: {error}. {hint[role]}"
         ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
-        given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{role} gives {given} for two images; accepted: logits of shape (batch, classes).")
-    return logits.shape[1], None if tokens is None else tokens.shape
+    try:
+        classes = task.classes(seen)
+    except ValueError as error:
+        raise ValueError(f"{role} {error}") from error
+    return classes, None if seen.tokens is None else seen.tokens.shape

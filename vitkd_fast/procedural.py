@@ -137,15 +137,15 @@ class Canvas:
         ellipse, box = torch.hypot(along, across), torch.maximum(along.abs(), across.abs())
         return (torch.where(self.chance(count, 1, of=0.5), ellipse, box) - 1) * half.amin(1, keepdim=True)
 
-    def textured(self, images: Tensor) -> Tensor:
-        """Noise of its own kind over half of the images, and instead of some."""
+    def textured(self, images: Tensor, alone: float = NOISE_ALONE) -> Tensor:
+        """Noise of its own kind over half of the images, and instead of the share `alone`."""
         count, channels = images.shape[:2]
         noise = self.noise(count, channels)
         strength = 0.25 * self.uniform(count, 1, 1, 1) * self.chance(count, 1, 1, 1, of=0.5)
         ground = self.uniform(count, channels, 1, 1, low=0.2, high=0.8)
         contrast = self.uniform(count, 1, 1, 1, low=0.1, high=0.5)
-        alone = self.chance(count, 1, 1, 1, of=NOISE_ALONE)
-        return torch.where(alone, ground + contrast * noise, images + strength * noise)
+        instead = self.chance(count, 1, 1, 1, of=alone)
+        return torch.where(instead, ground + contrast * noise, images + strength * noise)
 
     def noise(self, count: int, channels: int) -> Tensor:
         """Noise whose amplitude falls with the frequency to a random power, (B, C, H, W), of about unit variance; most

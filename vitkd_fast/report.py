@@ -44,7 +44,12 @@ class Report:
     teacher_accuracy: float | None = None
     student_accuracy: float | None = None
     agreement: float | None = None
-    """On the evaluation data: share for which student and teacher decide alike."""
+    """On the evaluation data: share of images, or of the objects in them, that student and teacher see alike."""
+    teacher_map: float | None = None
+    teacher_map50: float | None = None
+    student_map: float | None = None
+    student_map50: float | None = None
+    """Of detectors in place of the accuracies: mean average precision over overlaps of 0.50 to 0.95, and at 0.50."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Non-finite values by name of the loss term; each such step was skipped."""
     notes: list[str] = field(default_factory=list)
@@ -56,10 +61,11 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [("", "parameters", "FLOPs/image", "size", "accuracy")]
+        detects = self.settings.get("task") == "detection"
+        rows = [("", "parameters", "FLOPs/image", "size", "mAP50" if detects else "accuracy")]
         for role, facts, accuracy in (
-            ("teacher", self.teacher, self.teacher_accuracy),
-            ("student", self.student, self.student_accuracy),
+            ("teacher", self.teacher, self.teacher_map50 if detects else self.teacher_accuracy),
+            ("student", self.student, self.student_map50 if detects else self.student_accuracy),
         ):
             sizes = f"{facts.parameters:,}", f"{facts.flops / 1e6:,.1f} M", f"{facts.bytes / 1e6:,.2f} MB"
             rows.append((role, *sizes, percent(accuracy)))

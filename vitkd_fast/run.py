@@ -47,15 +47,15 @@ class RunFolder:
             self.metrics.write(json.dumps(entry) + "\n")
             self.metrics.flush()
 
-    def finish(self, student: nn.Module, pixels: Tensor, report: Report) -> None:
-        """Save the student, a grid of (B, C, H, W) images in [0, 1], then the report: the mark of a finished run."""
+    def finish(self, student: nn.Module, picture: Any, report: Report) -> None:
+        """Save the student, a PIL image of what was generated, then the report: the mark of a finished run."""
         if self.folder is None or self.metrics is None:
             return
         from safetensors.torch import save_model
 
         self.metrics.close()
         save_model(student, str(self.folder / "student.safetensors"))
-        image_grid(pixels).save(self.folder / "images.png")
+        picture.save(self.folder / "images.png")
         self._write_json("report.json", report.to_dict())
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:

@@ -38,13 +38,13 @@ def projected_distance(scene: Scene, project: nn.Module, student: Tensor | None,
     return F.smooth_l1_loss(project(student).float(), teacher.float())
 
 
-@student_objective()
+@student_objective("classes")
 def logits(scene: Scene) -> Tensor:
     """Distance of the student's logits from the teacher's, of the kind in `student_loss`."""
     return discrepancy(scene, scene.config.student_loss)
 
 
-@student_objective()
+@student_objective("classes")
 def hard(scene: Scene) -> Tensor:
     """Cross-entropy with the teacher's decision, in nats (Touvron et al. 2021, DeiT)."""
     assert scene.student is not None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitkd_fast import contrast, noisy_generator, procedural, transformer_generator  # noqa: F401  they register
 from vitkd_fast.augment import augmented
 from vitkd_fast.config import Config
+from vitkd_fast.detection import scene_generator  # noqa: F401  it registers
 from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings, Several
 from vitkd_fast.guard import PEAK, GuardedOptimizer
 from vitkd_fast.models import frozen

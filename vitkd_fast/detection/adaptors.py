@@ -1,0 +1,104 @@
+"""Detectors of any make, seen alike: class logits with "nothing" last, boxes and, where there are any, patch tokens.
+
+Detectors of transformers (DETR and its family, YOLOS) are known. For one of your own, register a function of the model
+and (B, C, H, W) images:
+
+    @adaptor(MyDetector)
+    def look(model, images):
+        scores, boxes = model(images)  # (B, Q, classes) before their sigmoid, (B, Q, 4) corners in pixels
+        return View(from_sigmoid(scores), boxes=from_corners(boxes, *images.shape[-2:]))
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkd_fast.objectives import View
+
+Adaptor = Callable[[Any, Tensor], View]
+Given = TypeVar("Given", bound=Adaptor)
+ADAPTORS: dict[type[nn.Module], Adaptor] = {}
+HOW = "register a function for it, see vitkd_fast.detection.adaptors"
+
+
+def adaptor(kind: type[nn.Module]) -> Callable[[Given], Given]:
+    """Register a function (model, images) -> View for models of this class and its subclasses."""
+
+    def register(function: Given) -> Given:
+        ADAPTORS[kind] = function
+        return function
+
+    return register
+
+
+def look(model: nn.Module, images: Tensor) -> View:
+    """What a detector finds in (B, C, H, W) images.
+
+    Raises:
+        ValueError: its output is not understood, or its boxes are not centres and sizes in [0, 1].
+    """
+    known = (ADAPTORS[kind] for kind in type(model).__mro__ if kind in ADAPTORS)
+    view = next(known, of_transformers)(model, images)
+    logits, boxes = view.logits, view.boxes
+    if boxes is None or logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
+        shapes = tuple(logits.shape), None if boxes is None else tuple(boxes.shape)
+        raise ValueError(
+            f"{type(model).__name__} gives logits and boxes of shapes {shapes[0]} and {shapes[1]}; accepted: (batch, "
+            f"queries, classes + 1) and (batch, queries, 4). If they are in another form, {HOW}."
+        )
+    return view
+
+
+def of_transformers(model: Any, images: Tensor) -> View:
+    """An output with `logits` and `pred_boxes`, as all of transformers' detectors give.
+
+    Their logits are of one class more than the model has where the last is of there being nothing (DETR, YOLOS), and
+    before a sigmoid where they are as many (Deformable DETR, RT-DETR, …). The tokens are the patches': YOLOS' last, or
+    those that an encoder hands to its decoder.
+    """
+    output = model(images)
+    logits, boxes = (output.get(name) if isinstance(output, dict) else None for name in ("logits", "pred_boxes"))
+    if not isinstance(logits, Tensor) or not isinstance(boxes, Tensor):
+        given = f"a dict of {', '.join(map(str, output))}" if isinstance(output, dict) else type(output).__name__
+        raise ValueError(
+            f"{type(model).__name__} gives {given}, not an output with logits and pred_boxes as transformers' "
+            f"detectors do; {HOW}."
+        )
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if classes not in (logits.shape[-1], logits.shape[-1] - 1):
+        raise ValueError(
+            f"{type(model).__name__} gives {logits.shape[-1]} logits per query and its config says {classes} classes, "
+            f"so whether one of them is of there being nothing is not known; {HOW}."
+        )
+    if classes == logits.shape[-1]:
+        logits = from_sigmoid(logits)
+    return View(logits, _patches(output, logits.shape[1]), boxes=boxes)
+
+
+def _patches(output: Any, queries: int) -> Tensor | None:
+    """(B, patches, D); the last tokens of YOLOS have a class token before them and the queries after them."""
+    encoded, last = output.get("encoder_last_hidden_state"), output.get("last_hidden_state")
+    if encoded is None and last is not None and last.shape[1] > queries + 1:
+        encoded = last[:, 1:-queries]
+    return encoded if isinstance(encoded, Tensor) and encoded.dim() == 3 else None
+
+
+def from_sigmoid(logits: Tensor) -> Tensor:
+    """(B, Q, classes) logits of independent classes as (B, Q, classes + 1) log-probabilities, the last of nothing.
+
+    There is an object as surely as the surest class says; which one it is, the classes share in proportion.
+    """
+    log_p = F.logsigmoid(logits.float())
+    surest, at = log_p.max(-1, keepdim=True)
+    nothing = F.logsigmoid(-logits.float().gather(-1, at))
+    return torch.cat((surest + log_p - log_p.logsumexp(-1, keepdim=True), nothing), -1)
+
+
+def from_corners(boxes: Tensor, height: int, width: int) -> Tensor:
+    """(…, 4) left, top, right, bottom in pixels of an image as centres and sizes in [0, 1] of its sides."""
+    from torchvision.ops import box_convert
+
+    return box_convert(boxes, "xyxy", "cxcywh") / boxes.new_tensor([width, height, width, height])

@@ -1,0 +1,85 @@
+"""What a detecting student can minimise, and a generator that makes images for it."""
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_fast.detection import set_losses
+from vitkd_fast.detection.matching import Matched, Wanted, match, wanted_by
+from vitkd_fast.objectives import Scene, generator_objective, student_objective
+from vitkd_fast.pair import Pair
+
+MOST = 100  # queries of a teacher that can be looked for in one image
+ASKED = 4  # objects that an image is asked to show, at most
+
+
+def matched(scene: Scene) -> Matched:
+    """The student's queries, each with what it should find of what the teacher finds; worked out once for a scene."""
+    if "matched" not in scene.shared:
+        assert scene.student is not None
+        scene.shared["matched"] = match(scene.student, wanted_by(scene.teacher, MOST))
+    return scene.shared["matched"]
+
+
+@student_objective("boxes")
+def found(scene: Scene) -> Tensor:
+    """KL of the classes of matched queries, and of finding nothing for all others (Carion et al. 2020; Chang et al.
+    2023, DETRDistill)."""
+    return set_losses.classes_loss(matched(scene))
+
+
+@student_objective("boxes")
+def placed(scene: Scene) -> Tensor:
+    """L1 distance of matched boxes (Carion et al. 2020)."""
+    return set_losses.boxes_loss(matched(scene))
+
+
+@student_objective("boxes")
+def overlap(scene: Scene) -> Tensor:
+    """1 − generalised IoU of matched boxes (Rezatofighi et al. 2019)."""
+    return set_losses.giou_loss(matched(scene))
+
+
+@generator_objective("boxes", "student")
+def unlike(scene: Scene) -> Tensor:
+    """Minus the student's distance from the teacher, of classes and boxes with DETR's weights."""
+    pairs = matched(scene)
+    distance = set_losses.classes_loss(pairs) + 5 * set_losses.boxes_loss(pairs) + 2 * set_losses.giou_loss(pairs)
+    return -distance
+
+
+@generator_objective("boxes")
+def sure(scene: Scene) -> Tensor:
+    """Entropy in nats of what the teacher's surest queries find: that it sees things, and knows which."""
+    wanted = wanted_by(scene.teacher, ASKED)
+    return -torch.log((wanted.classes[..., :-1]).amax(-1).clamp_min(1e-6)).mean()
+
+
+@generator_objective("boxes")
+class objects(nn.Module):
+    """The teacher's detection loss against boxes and classes that are drawn at random for each image of a round.
+
+    Images are asked for with labels, as in zero-shot quantisation of detectors (arXiv 2507.16782).
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.classes = pair.classes
+        self.asked: Wanted | None = None
+
+    def forward(self, scene: Scene) -> Tensor:
+        if self.asked is None or len(self.asked.boxes) != len(scene.images):
+            self.asked = drawn(len(scene.images), self.classes, scene.images.device)
+        pairs = match(scene.teacher, self.asked)
+        return set_losses.classes_loss(pairs) + 5 * set_losses.boxes_loss(pairs) + 2 * set_losses.giou_loss(pairs)
+
+    def end_round(self) -> None:
+        self.asked = None
+
+
+def drawn(count: int, classes: int, device: torch.device) -> Wanted:
+    """One to `ASKED` objects for each image: any class, a tenth to half of the sides, wholly inside."""
+    present = torch.arange(ASKED, device=device) < torch.randint(1, ASKED + 1, (count, 1), device=device)
+    labels = torch.randint(classes, (count, ASKED), device=device).where(present, classes)
+    sides = 0.1 + 0.4 * torch.rand(count, ASKED, 2, device=device)
+    centres = sides / 2 + (1 - sides) * torch.rand(count, ASKED, 2, device=device)
+    return Wanted(nn.functional.one_hot(labels, classes + 1).float(), torch.cat((centres, sides), -1))

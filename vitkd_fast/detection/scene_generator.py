@@ -1,0 +1,71 @@
+"""Scenes drawn by a program: things of all sizes at random places, over grounds of all kinds."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd_fast.generator import Generator, register
+from vitkd_fast.procedural import Canvas, drawn
+
+THINGS = 6  # on a scene, at most
+SIZES = (0.12, 0.7)  # of a thing's square, in sides of the image
+STROKES = 3  # of a thing, at most
+DETAIL = 32  # pixels of the square on which a thing is drawn
+FULL = 0.25  # share of the scenes that have shapes of their own beneath the things
+
+
+@register("scenes")
+class SceneGenerator(Generator):
+    """What `scenes` draws. There is nothing to learn."""
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        spec = self.spec
+        return self.normalise(scenes(len(noise), spec.channels, spec.height, spec.width, self.mean.device))
+
+
+def scenes(count: int, channels: int, height: int, width: int, device: torch.device) -> Tensor:
+    """(count, channels, height, width) images in [0, 1], from the device's global random state."""
+    canvas = Canvas(height, width, device)
+    plain = canvas.colours(count, channels)[:, :, None, None].expand(-1, -1, height, width)
+    full = drawn(count, channels, height, width, device)
+    images = torch.where(canvas.chance(count, 1, 1, 1, of=FULL), full, plain)
+    # On most scenes all things have one colour, that stands out from the ground.
+    opposite = (images.mean((1, 2, 3)) < 0.5).float()[:, None]
+    ink = opposite.lerp(canvas.colours(count, channels), 0.5 * canvas.uniform(count, 1))
+    one_ink = canvas.chance(count, 1, of=0.7)
+    present = canvas.uniform(count, high=THINGS)
+    for thing in range(THINGS):
+        colour = torch.where(one_ink, ink, canvas.colours(count, channels))[:, :, None, None]
+        cover = placed(things(count, device), height, width) * (present > thing).view(-1, 1, 1, 1)
+        images = images.lerp(colour.expand_as(images), cover.expand_as(images))
+    return canvas.textured(images, alone=0.03).clamp_(0, 1)
+
+
+def things(count: int, device: torch.device) -> Tensor:
+    """(count, 1, DETAIL, DETAIL) how much a thing covers of its square: a few strokes, or a filled shape."""
+    canvas = Canvas(DETAIL, DETAIL, device)
+    thickness = 0.08 + 0.25 * canvas.uniform(count).square()
+    blur = canvas.uniform(count, low=0.5, high=3.0) * canvas.pixel
+    strokes = canvas.uniform(count, high=STROKES)
+    cover = canvas.cover(canvas.strokes(thickness), blur)
+    for stroke in range(1, STROKES):
+        more = canvas.cover(canvas.strokes(thickness), blur)
+        cover = torch.maximum(cover, more * (strokes > stroke).view(-1, 1, 1, 1))
+    filled = canvas.chance(count, 1, 1, 1, of=0.1)
+    return torch.where(filled, canvas.cover(canvas.regions(count), blur), cover)
+
+
+def placed(cover: Tensor, height: int, width: int) -> Tensor:
+    """Each (1, DETAIL, DETAIL) thing at a random place of an image of its own, its sides by its own factors."""
+    count, device = len(cover), cover.device
+    low, high = SIZES
+    size = low * (high / low) ** torch.rand(count, 1, device=device)
+    sides = (size * (0.6 + 0.8 * torch.rand(count, 2, device=device))).clamp_max(1)
+    short = min(height, width)
+    share = sides * torch.tensor([short / width, short / height], device=device)
+    right, down = ((2 * torch.rand(count, 2, device=device) - 1) * (1 - share)).unbind(1)
+    across, along = share.unbind(1)
+    zero = torch.zeros_like(right)
+    matrix = torch.stack((1 / across, zero, -right / across, zero, 1 / along, -down / along), 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, [count, 1, height, width], align_corners=False)
+    return F.grid_sample(cover, grid, align_corners=False)

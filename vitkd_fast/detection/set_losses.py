@@ -1,0 +1,45 @@
+"""How far a set of predictions is from what is wanted, once each wanted object has a query (Carion et al. 2020)."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss
+
+from vitkd_fast.detection.matching import Matched, corners
+
+BACKGROUND = 0.1  # what a query counts that should find nothing, where one that should find something counts 1
+
+
+def classes_loss(matched: Matched) -> Tensor:
+    """KL from the wanted classes to those of each matched query, in nats; from "nothing" for all other queries.
+
+    A weighed mean over the queries: an object counts as much as the teacher is sure of it, nothing counts
+    `BACKGROUND`.
+    """
+    log_p, wanted = matched.log_p, matched.wanted
+    batch, queries, _ = log_p.shape
+    found = matched.found.float()
+    # Queries that look for nothing, then the found ones in their place.
+    of_nothing = -log_p[..., -1]
+    taken = torch.zeros(batch, queries, device=log_p.device).scatter_add_(1, matched.queries, found)
+    nothing = BACKGROUND * (1 - taken)
+    kl = torch.special.xlogy(wanted.classes, wanted.classes) - wanted.classes * matched.of_queries(log_p)
+    weight = found * (BACKGROUND + (1 - BACKGROUND) * wanted.sureness)
+    total = (nothing * of_nothing).sum() + (weight * kl.sum(-1)).sum()
+    return total / (nothing.sum() + weight.sum())
+
+
+def boxes_loss(matched: Matched) -> Tensor:
+    """L1 distance of the four numbers of each found box, summed; a mean, weighed by the sureness of the objects."""
+    distance = (matched.of_queries(matched.boxes) - matched.wanted.boxes).abs().sum(-1)
+    return _mean(distance, matched)
+
+
+def giou_loss(matched: Matched) -> Tensor:
+    """1 - generalised IoU (Rezatofighi et al. 2019) of each found box; a mean, weighed by the sureness."""
+    lost = generalized_box_iou_loss(corners(matched.of_queries(matched.boxes)), corners(matched.wanted.boxes))
+    return _mean(lost, matched)
+
+
+def _mean(values: Tensor, matched: Matched) -> Tensor:
+    weight = matched.found * matched.wanted.sureness
+    return (weight * values).sum() / weight.sum().clamp_min(1.0)

@@ -1,0 +1,118 @@
+"""Detection as a task: teacher and student give a set of boxes with classes for each image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_fast.config import Config
+from vitkd_fast.detection import adaptors
+from vitkd_fast.detection.data import Scenes, read_scenes
+from vitkd_fast.detection.matching import iou
+from vitkd_fast.detection.metrics import mean_average_precision
+from vitkd_fast.detection.models import create_student, load_teacher
+from vitkd_fast.detection.objectives import matched
+from vitkd_fast.detection.objects import Objects
+from vitkd_fast.detection.pictures import side_by_side
+from vitkd_fast.generator import ImageSpec
+from vitkd_fast.layout import Layout
+from vitkd_fast.objectives import Scene, View
+from vitkd_fast.pair import Pair
+from vitkd_fast.tasks import Classification
+
+SURE = 0.5  # a probability from which an object counts as found
+OVERLAP = 0.5  # IoU from which two boxes are of the same object
+SHOWN = 16  # images in the picture of a run
+BATCH = 32  # images looked at together when measuring
+
+
+class Detection(Classification):
+    """Objects in images: (B, queries, classes + 1) logits, the last of there being nothing, and boxes."""
+
+    name = "detection"
+    load_teacher = staticmethod(load_teacher)
+    create_student = staticmethod(create_student)
+
+    def look(self, model: Any, images: Tensor) -> View:
+        return adaptors.look(model, images)
+
+    def classes(self, seen: View) -> int:
+        return seen.logits.shape[-1] - 1
+
+    def outputs(self, classes: int) -> tuple[int, ...]:
+        return classes, classes + 1, 4
+
+    def layout(self, model: nn.Module, count: int, spec: ImageSpec) -> Layout:
+        """Patches alone, on the grid that has the image's proportions, if there is one."""
+        rows = max(1, round((count * spec.height / spec.width) ** 0.5))
+        return Layout(count, grid=(rows, count // rows) if count % rows == 0 else None)
+
+    def agreement(self, scene: Scene) -> Tensor:
+        """Of the objects that either is sure of, how many both see alike: 2 · both / (teacher's + student's), in
+        [0, 1]; 1 where neither sees any."""
+        pairs = matched(scene)
+        wanted, student = pairs.wanted, pairs.log_p.exp()
+        theirs = (wanted.sureness > SURE) & pairs.found
+        ours = 1 - student[..., -1] > SURE
+        alike = pairs.of_queries(student)[..., :-1].argmax(-1) == wanted.classes[..., :-1].argmax(-1)
+        alike &= iou(pairs.of_queries(pairs.boxes), wanted.boxes) > OVERLAP
+        both = theirs & alike & ours.gather(1, pairs.queries)
+        total = theirs.sum() + ours.sum()
+        return torch.where(total > 0, 2 * both.sum() / total.clamp_min(1), 1.0)
+
+    def check_evaluation(self, data: Any) -> None:
+        """Refuse what `evaluate` cannot use, before the run rather than after it."""
+        if isinstance(data, str | Path):
+            if not Path(data).exists():
+                raise FileNotFoundError(f"evaluate is {str(data)!r}, which is not there; {ACCEPTED}.")
+        elif data is not None and not isinstance(data, Scenes | Sequence):
+            raise TypeError(f"evaluate is a {type(data).__name__}; {ACCEPTED}.")
+
+    def evaluate(self, pair: Pair, config: Config, data: Any) -> dict[str, Any]:
+        spec = pair.spec
+        if isinstance(data, str | Path):
+            data = read_scenes(Path(data), (spec.height, spec.width), spec.channels)
+        real = [scene[1].checked(pair.classes) for scene in data]
+        found: dict[str, list[Objects]] = {"teacher": [], "student": []}
+        agreed = []
+        with torch.no_grad():
+            for start in range(0, len(data), BATCH):
+                pixels = torch.stack([data[index][0] for index in range(start, min(start + BATCH, len(data)))])
+                images = spec.normalised(pixels.to(pair.device))
+                scene = self._scene(pair, config, images)
+                assert scene.student is not None
+                found["teacher"] += objects_of(scene.teacher)
+                found["student"] += objects_of(scene.student)
+                agreed.append(self.agreement(scene) * len(images))
+        sizes = data.sizes if isinstance(data, Scenes) else None
+        figures: dict[str, Any] = {"agreement": (torch.stack(agreed).sum() / len(data)).item()}
+        for role, objects in found.items():
+            precision = mean_average_precision(objects, real, sizes)
+            figures |= {f"{role}_{name}": precision[name] for name in ("map", "map50")}
+        return figures
+
+    def picture(self, pair: Pair, config: Config, images: Tensor):
+        """Images with the teacher's boxes on the left and the student's on the right."""
+        images = images[:SHOWN]
+        with torch.no_grad():
+            scene = self._scene(pair, config, images)
+        assert scene.student is not None
+        return side_by_side(pair.spec.pixels(images), objects_of(scene.teacher), objects_of(scene.student))
+
+    def _scene(self, pair: Pair, config: Config, images: Tensor) -> Scene:
+        return Scene(images, pair.look(pair.teacher, images), pair.look(pair.student, images), pair, config)
+
+
+ACCEPTED = (
+    "accepted: Scenes (vitkd_fast.detection.data), a sequence of ((C, H, W) pixels in [0, 1], Objects), an annotation "
+    "file of COCO, or a folder as COCO or YOLO lay it out"
+)
+
+
+def objects_of(view: View, least: float = 0.0) -> list[Objects]:
+    """What a detector found in each image: one object of every query that scores `least` or more."""
+    assert view.boxes is not None
+    scores, labels = view.logits.float().softmax(-1)[..., :-1].max(-1)
+    return [Objects(*rows)[rows[2] >= least] for rows in zip(view.boxes.float(), labels, scores, strict=True)]
