@@ -1,5 +1,6 @@
 """benchmarks/accuracy.py: its readers, its runs and verdicts; and that a data-free method has no way to any data."""
 
+import argparse
 import contextlib
 import gzip
 import inspect
@@ -8,7 +9,7 @@ import lzma
 import pickle
 import struct
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
 import accuracy_data
+import accuracy_floors
+import accuracy_learning
 import accuracy_models
+import accuracy_pair
+import accuracy_report
+import accuracy_runs
 
 ON_DISK = (".py", ".pyc", "METADATA")  # code that is imported late, and what says its version
 
@@ -148,7 +154,7 @@ def bench(tmp_path_factory):
     def run(*more):
         calls.clear()
         patch = pytest.MonkeyPatch()
-        patch.setattr(accuracy, "distill", watched)
+        patch.setattr(accuracy_learning, "distill", watched)
         try:
             budget = [] if "--seconds" in more else ["--steps", "6"]
             status = accuracy.main([*asked, *budget, "--out", str(folder), "--results", str(folder / "results"), *more])
@@ -209,9 +215,7 @@ def test_finished_runs_are_kept_until_a_setting_changes(bench, capsys):
     _, calls, _, _ = run("--methods", "dfad", "--seeds", "1", "--skip", "real_kd", "real_labels", "--steps", "7")
     assert [options["method"] for _, options in calls] == ["noise", "dfad"]
     patch = pytest.MonkeyPatch()
-    patch.setitem(
-        METHODS, "dfad", accuracy.replace(METHODS["dfad"], settings={**METHODS["dfad"].settings, "shift": 0.1})
-    )
+    patch.setitem(METHODS, "dfad", replace(METHODS["dfad"], settings={**METHODS["dfad"].settings, "shift": 0.1}))
     _, calls, _, _ = run("--methods", "dfad", "--seeds", "1")
     patch.undo()
     assert [options["method"] for _, options in calls] == ["dfad"]
@@ -219,7 +223,7 @@ def test_finished_runs_are_kept_until_a_setting_changes(bench, capsys):
 
 def test_a_method_that_fails_is_reported_and_tried_again(bench, monkeypatch, capsys):
     run, _ = bench
-    monkeypatch.setitem(METHODS, "zskt", accuracy.replace(METHODS["zskt"], settings={"generator": "broken"}))
+    monkeypatch.setitem(METHODS, "zskt", replace(METHODS["zskt"], settings={"generator": "broken"}))
     for _ in range(2):
         status, calls, record, _ = run("--methods", "zskt", "--seeds", "1")
         assert status == 1 and [options["method"] for _, options in calls] == ["zskt"]
@@ -234,9 +238,9 @@ def test_equal_time_is_measured_in_whole_rounds_before_the_run():
         asked.append(steps)
         return 1.0 + 0.01 * steps
 
-    assert accuracy.steps_in(100, seconds_of, 400) == round(100 * 400 / 5.0) and asked == [400]
+    assert accuracy_runs.steps_in(100, seconds_of, 400) == round(100 * 400 / 5.0) and asked == [400]
     asked.clear()
-    assert accuracy.steps_in(60, lambda steps: asked.append(steps) or 0.01 * steps, 5) == 6000
+    assert accuracy_runs.steps_in(60, lambda steps: asked.append(steps) or 0.01 * steps, 5) == 6000
     assert asked == [10, 20, 40, 80, 160, 320]  # 5 % of 60 s is three seconds
 
 
@@ -254,38 +258,39 @@ def test_equal_time_ends_in_time(bench):
 def result(**means):
     values = {"seeds": 3, "teacher": 99.0, "seconds": 200.0, "ratio": 6.5}
     values |= {name: means.pop(name) for name in list(means) if name in values}
-    return accuracy.Result(methods=means, **values)
+    return accuracy_floors.Result(methods=means, **values)
 
 
 def test_floors_are_met_only_by_what_was_measured():
-    lines = accuracy.verdicts(["digits"], result(best=98.2, real_kd=98.8))
+    lines = accuracy_floors.verdicts(["digits"], result(best=98.2, real_kd=98.8))
     assert [line.split(":")[0].split("digits")[1].strip() for line in lines] == ["met", "met", "NOT MET", "met"]
     assert "best 0.60 points below KD on real images, 0.5 allowed" in lines[2]
-    assert "not judged: real_kd was not run" in accuracy.verdicts(["digits"], result(best=98.2))[2]
-    assert "not judged (2 of 3 seeds)" in accuracy.verdicts(["digits"], result(best=99.0, seeds=2))[0]
-    assert "NOT MET" in accuracy.verdicts(["mnist"], result(best=98.39, teacher=98.99))[0]
-    assert accuracy.verdicts(["mnist, another teacher"], result(best=1.0)) == []
+    assert "not judged: real_kd was not run" in accuracy_floors.verdicts(["digits"], result(best=98.2))[2]
+    assert "not judged (2 of 3 seeds)" in accuracy_floors.verdicts(["digits"], result(best=99.0, seeds=2))[0]
+    assert "NOT MET" in accuracy_floors.verdicts(["mnist"], result(best=98.39, teacher=98.99))[0]
+    assert accuracy_floors.verdicts(["mnist, another teacher"], result(best=1.0)) == []
 
 
 def test_best_must_be_ahead_of_every_other_method():
-    others = {name: 90.0 for name in METHODS if name not in accuracy.OURS}
-    (line,) = accuracy.verdicts(["digits, equal time"], result(best=90.1, **others))
+    others = {name: 90.0 for name in METHODS if name not in accuracy_floors.OURS}
+    (line,) = accuracy_floors.verdicts(["digits, equal time"], result(best=90.1, **others))
     assert "met: best +0.10 points" in line
-    (line,) = accuracy.verdicts(["digits, equal time"], result(best=90.1, **{**others, "dafl": 90.1}))
+    (line,) = accuracy_floors.verdicts(["digits, equal time"], result(best=90.1, **{**others, "dafl": 90.1}))
     assert "NOT MET: best +0.00 points from dafl" in line
     del others["dafl"]
-    assert "not judged: dafl was not run" in accuracy.verdicts(["digits, equal time"], result(best=99.0, **others))[0]
+    (line,) = accuracy_floors.verdicts(["digits, equal time"], result(best=99.0, **others))
+    assert "not judged: dafl was not run" in line
 
 
 def test_without_matplotlib_there_is_a_message_and_no_plot(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in accuracy.plot(None, 99.0, {})
+    assert "pip install matplotlib" in accuracy_report.plot(None, 99.0, {})
 
 
 def test_with_matplotlib_there_is_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    found = {"best": accuracy.Outcome("best", [98.0, 98.4], [97.0, 97.5], [9.0, 9.5], [100.0, 101.0])}
-    told = accuracy.plot(accuracy.argparse.Namespace(out=tmp_path, data="digits"), 99.0, found)
+    found = {"best": accuracy_report.Outcome("best", [98.0, 98.4], [97.0, 97.5], [9.0, 9.5], [100.0, 101.0])}
+    told = accuracy_report.plot(argparse.Namespace(out=tmp_path, data="digits"), 99.0, found)
     assert (tmp_path / "accuracy-digits.png").read_bytes().startswith(b"\x89PNG") and told.startswith("plot: ")
 
 
@@ -379,7 +384,7 @@ def test_training_on_labels_learns_and_leaves_the_random_state():
     recipe = accuracy_models.Recipe(150, 64, 4e-3, accuracy_models.Augmentation(shift=0.05))
     assert accuracy_models.train_on_labels(model, data, spec, recipe, seed=0) > 0
     assert torch.equal(torch.get_rng_state(), before) and not model.training
-    found = accuracy.predictions(model, data, spec)
+    found = accuracy_pair.predictions(model, data, spec)
     assert (found == data.labels).float().mean() > 0.8
 
 
