@@ -13,6 +13,7 @@ from vitkd_fast.distill import distill
 from vitkd_fast.methods import BASE, METHODS, settings_of
 from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.pair import probe, student_lr
+from vitkd_fast.tasks import Classification
 
 REAL = ("real_labels", "real_kd")  # the contenders that see real images
 STUDENTS = ("student_objectives", "student_loss", "student_steps", "temperature")  # what a method decides of it
@@ -56,7 +57,7 @@ def _instead_of_synthesis(generator: str) -> dict[str, Any]:
 def learning_from_labels(bench: Bench, teacher: Teacher, student: nn.Module, seed: int, steps: int) -> Learning:
     """With the optimiser and the learning rate that `distill` would use."""
     task, spec = bench.task, teacher.spec
-    classes, tokens = probe(student, spec, bench.device, "student")
+    classes, tokens = probe(student, spec, bench.device, "student", Classification())
     recipe = replace(
         task.recipe,
         steps=steps,
@@ -71,7 +72,7 @@ def learning_from_labels(bench: Bench, teacher: Teacher, student: nn.Module, see
         recipe,
         seed=seed,
         precision=bench.arguments.precision,
-        matrices=hidden_matrices(student, spec.channels, classes),
+        matrices=hidden_matrices(student, spec.channels, (classes,)),
     )
     return Learning(seconds, steps * task.batch_size / seconds, [], asdict(recipe))
 

@@ -80,11 +80,11 @@ def test_a_bad_step_changes_nothing(value):
 def test_matrices_between_images_and_logits():
     vit = VisionTransformer(img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=16, depth=2, num_heads=2)
     names = {weight: name for name, weight in vit.named_parameters()}
-    found = [names[weight] for weight in hidden_matrices(vit, channels=1, classes=10)]
+    found = [names[weight] for weight in hidden_matrices(vit, channels=1, outputs=(10,))]
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert found == [f"blocks.{block}.{layer}.weight" for block in range(2) for layer in layers]
     vit.blocks[0].requires_grad_(False)
-    assert len(hidden_matrices(vit, channels=1, classes=10)) == 4
+    assert len(hidden_matrices(vit, channels=1, outputs=(10,))) == 4
 
 
 def test_convolutions_but_the_first_and_grouped_ones():
@@ -92,7 +92,7 @@ def test_convolutions_but_the_first_and_grouped_ones():
     cnn = nn.Sequential(
         nn.Conv2d(3, 8, 3), shared, nn.Conv2d(8, 8, 3, groups=8), shared, nn.Flatten(), nn.Linear(8 * 16, 10)
     )
-    assert hidden_matrices(cnn, channels=3, classes=10) == [shared.weight]
+    assert hidden_matrices(cnn, channels=3, outputs=(10,)) == [shared.weight]
     cnn(torch.randn(2, 3, 12, 12)).square().mean().backward()
     before = shared.weight.detach().clone()
     Muon([shared.weight]).step(0.01, GOOD)
@@ -105,7 +105,7 @@ def test_in_the_guard_it_takes_its_matrices_from_adamw():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3))
     start = {name: weight.detach().clone() for name, weight in net.named_parameters()}
-    matrices = hidden_matrices(net, channels=1, classes=3)
+    matrices = hidden_matrices(net, channels=1, outputs=(3,))
     optimizer = GuardedOptimizer("student", net, 1e-2, ["loss"], clip=1.0, matrices=matrices)
     assert sum(len(group["params"]) for group in optimizer.optimizer.param_groups) == 4
     images = torch.randn(16, 4)
@@ -125,7 +125,7 @@ def test_in_the_guard_it_takes_its_matrices_from_adamw():
 
 def test_it_may_have_all_the_weights():
     net = nn.Linear(6, 4, bias=False)
-    optimizer = GuardedOptimizer("student", net, 1e-2, ["loss"], matrices=hidden_matrices(net, 1, 10))
+    optimizer = GuardedOptimizer("student", net, 1e-2, ["loss"], matrices=hidden_matrices(net, 1, (10,)))
     before = net.weight.detach().clone()
     loss = net(torch.randn(3, 6)).square().mean()
     optimizer.step(loss, {"loss": loss}, PEAK)

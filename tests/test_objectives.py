@@ -19,13 +19,13 @@ from vitkd_fast.objectives import (
     Scene,
     Terms,
     View,
-    agreement,
     check_names,
     generator_objective,
     student_objective,
 )
 from vitkd_fast.ops.attention_consistency import HorizontalFlip
 from vitkd_fast.pair import make_pair
+from vitkd_fast.tasks import Classification
 
 QUICK = {"method": "adversarial", "batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 CPU = torch.device("cpu")
@@ -261,15 +261,15 @@ def test_only_what_is_needed_is_looked_at(vit_pair):
     assert view.tokens is not None and view.blocks == () and view.attention == ()
     view = vit_pair.look(vit_pair.teacher, smooth_images(2), {"attention"})
     assert view.blocks == () and [qkv.shape for qkv in view.attention] == [(2, 5, 3, 2, 12)] * 2
-    assert terms_of({"logits": 1, "tokens": 1}, STUDENT_OBJECTIVES, vit_pair).needs == {"tokens"}
+    assert terms_of({"logits": 1, "tokens": 1}, STUDENT_OBJECTIVES, vit_pair).needs == {"classes", "tokens"}
     assert terms_of({"disagreement": 1, "patch_entropy": 1}, GENERATOR_OBJECTIVES, vit_pair).needs == {
-        *("student", "attention")
+        *("classes", "student", "attention")
     }
 
 
 def test_a_weight_of_0_is_off_without_a_note(pair):
     terms = terms_of({"logits": 1.0, "tokens": 0.0}, STUDENT_OBJECTIVES, pair)
-    assert terms.names == ["logits"] and not terms.needs and pair.notes == []
+    assert terms.names == ["logits"] and terms.needs == {"classes"} and pair.notes == []
 
 
 def test_what_cannot_be_had_is_off_with_a_note(pair):
@@ -364,7 +364,9 @@ def test_an_objective_with_weights_is_one_registered_module():
 
 @pytest.mark.usefixtures("registries")
 def test_registration_refuses_what_cannot_work():
-    with pytest.raises(ValueError, match="cannot need 'token'; accepted: student, tokens, blocks, attention, labels"):
+    with pytest.raises(
+        ValueError, match="cannot need 'token'; accepted: student, classes, boxes, tokens, blocks, attention, labels"
+    ):
         generator_objective("token")
     for taken in ("logits", "one_hot", *LOGGED):
         function = type(taken, (), {})
@@ -399,5 +401,5 @@ def test_a_student_needs_something_to_minimise(tmp_path):
 
 
 def test_agreement_is_the_share_of_equal_decisions():
-    student, teacher = torch.eye(4), torch.eye(4)[[0, 1, 2, 0]]
-    assert agreement(student, teacher).item() == 0.75
+    scene = scene_of(torch.eye(4), torch.eye(4)[[0, 1, 2, 0]])
+    assert Classification().agreement(scene).item() == 0.75

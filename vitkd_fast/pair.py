@@ -95,7 +95,7 @@ class Pair:
         roles: tuple[Role, ...] = ("student", "teacher") if student else ("teacher",)
         for role in roles:
             if self.layouts[role] is None:
-                return f"the {role} has no (B, N, D) tokens that are known, as timm's forward_features gives them"
+                return f"the {role} has no {self.task.tokens}"
         own, followed = self.layouts["student"], self.layouts["teacher"]
         assert followed is not None
         if student and own and (reason := why_not_aligned(own, followed, resize="attention" not in needs)):

@@ -20,6 +20,7 @@ class Classification:
     """Images as wholes: (B, classes) logits."""
 
     name = "classification"
+    tokens = "forward_features that gives (B, N, D) tokens"
     load_teacher = staticmethod(load_teacher)
     create_student = staticmethod(create_student)
     check_evaluation = staticmethod(evaluation.check)

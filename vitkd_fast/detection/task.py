@@ -32,6 +32,7 @@ class Detection(Classification):
     """Objects in images: (B, queries, classes + 1) logits, the last of there being nothing, and boxes."""
 
     name = "detection"
+    tokens = "(B, N, D) tokens of patches in its output"
     load_teacher = staticmethod(load_teacher)
     create_student = staticmethod(create_student)
 
