@@ -55,11 +55,11 @@ class Detection(Classification):
         [0, 1]; 1 where neither sees any."""
         pairs = matched(scene)
         wanted, student = pairs.wanted, pairs.log_p.exp()
-        theirs = (wanted.sureness > SURE) & pairs.found
+        theirs = wanted.sureness > SURE
         ours = 1 - student[..., -1] > SURE
         alike = pairs.of_queries(student)[..., :-1].argmax(-1) == wanted.classes[..., :-1].argmax(-1)
         alike &= iou(pairs.of_queries(pairs.boxes), wanted.boxes) > OVERLAP
-        both = theirs & alike & ours.gather(1, pairs.queries)
+        both = theirs & pairs.found & alike & ours.gather(1, pairs.queries)
         total = theirs.sum() + ours.sum()
         return torch.where(total > 0, 2 * both.sum() / total.clamp_min(1), 1.0)
 
