@@ -93,6 +93,7 @@ def _distill(
     folder = RunFolder(config.out, config.overwrite)
     pair = make_pair(teacher, student, config, device)
     student = pair.student
+    evaluate = pair.task.read_evaluation(pair, evaluate)
     config = resolved(config, pair, device)
     student_terms = Terms.of(config.student_objectives, STUDENT_OBJECTIVES, pair)
     generator_terms = Terms.of(config.generator_objectives, GENERATOR_OBJECTIVES, pair, labels=config.conditional)

@@ -235,7 +235,8 @@ def probe(
             "student": "Give it pretrained_cfg = dict(input_size=(channels, height, width)) if it takes another size.",
         }
         raise ValueError(
-            f"{role} {type(model).__name__} cannot take images of shape {tuple(images.shape)}: {error}. {hint[role]}"
+            f"{role} {type(model).__name__} cannot take images of shape {tuple(images.shape)}: "
+            f"{str(error).rstrip('.')}. {hint[role]}"
         ) from error
     try:
         classes = task.classes(seen)

@@ -198,6 +198,8 @@ def is_due(step: int, share: float) -> bool:
 def _check(config: Config) -> None:
     if config.balanced and config.images != "pool":
         raise ValueError(f"balanced is True, which goes with images='pool'; images is {config.images!r}.")
+    if config.balanced and config.task == "detection":
+        raise ValueError("balanced is True, which is for classifiers: an image with objects is not of one class.")
     if config.generators > 1 and (config.restart != "never" or config.life or config.learn_latent):
         raise ValueError(
             f"generators is {config.generators}; several take turns only where they go on learning: with "

@@ -15,14 +15,16 @@ PROJECTIONS = ({"query", "key", "value"}, {"q_proj", "k_proj", "v_proj"})  # wha
 def switch(model: Any) -> int:
     """Let the models of transformers in `model` that run on torch's attention run on ours; how many modules have it.
 
-    A call that our attention is not for, with a mask, with dropout or of queries with other keys, goes to torch's.
+    A call that our attention is not for, with a mask, a bias, dropout or queries of other keys, goes to torch's.
     """
     count = 0
     for module in model.modules():
         if hasattr(module, "set_attn_implementation") and module.config._attn_implementation in ("sdpa", NAME):
-            from transformers import AttentionInterface
+            from transformers import AttentionInterface, AttentionMaskInterface
+            from transformers.masking_utils import sdpa_mask
 
             AttentionInterface.register(NAME, attention)
+            AttentionMaskInterface.register(NAME, sdpa_mask)  # an attention without it is never given a mask
             module.set_attn_implementation(NAME)
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -47,9 +49,10 @@ def attention(
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Of (B, H, N, D) queries, keys and values, as transformers hands them over; (B, N, H, D), and no weights."""
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alike = query.shape == key.shape == value.shape and query.shape[-1] <= MAX_HEAD_DIM
-    if attention_mask is not None or dropout or causal or not alike:
+    biased = others.get("position_bias") is not None or others.get("softcap") is not None
+    if attention_mask is not None or dropout or causal or biased or not alike:
         from transformers import AttentionInterface
 
         return AttentionInterface()["sdpa"](

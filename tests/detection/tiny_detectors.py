@@ -7,7 +7,15 @@ from torch import nn
 SIZE, CLASSES, QUERIES = 16, 3, 5
 
 
-def yolos(width: int = 16, depth: int = 2, queries: int = QUERIES, seed: int = 0, size: int = SIZE):
+def yolos(
+    width: int = 16,
+    depth: int = 2,
+    queries: int = QUERIES,
+    seed: int = 0,
+    size: int = SIZE,
+    channels: int = 1,
+    classes: int = CLASSES,
+):
     """A YOLOS of (B, 1, 16, 16) images in patches of 4×4."""
     transformers = pytest.importorskip("transformers")
     config = transformers.YolosConfig(
@@ -17,10 +25,10 @@ def yolos(width: int = 16, depth: int = 2, queries: int = QUERIES, seed: int = 0
         intermediate_size=2 * width,
         image_size=[size, size],
         patch_size=4,
-        num_channels=1,
+        num_channels=channels,
         num_detection_tokens=queries,
         use_mid_position_embeddings=False,
-        num_labels=CLASSES,
+        num_labels=classes,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -36,13 +44,13 @@ def yolos(width: int = 16, depth: int = 2, queries: int = QUERIES, seed: int = 0
     return model.eval()
 
 
-def detr(queries: int = QUERIES, seed: int = 0):
-    """A DETR of (B, 3, 32, 32) images with a timm-free convolutional backbone."""
+def detr(queries: int = QUERIES, seed: int = 0, kind: str = "Detr"):
+    """A DETR, or one of its kin, of (B, 3, 32, 32) images with a timm-free convolutional backbone."""
     transformers = pytest.importorskip("transformers")
     backbone = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
     )
-    config = transformers.DetrConfig(
+    config = getattr(transformers, f"{kind}Config")(
         use_timm_backbone=False,
         use_pretrained_backbone=False,
         backbone=None,
@@ -59,6 +67,6 @@ def detr(queries: int = QUERIES, seed: int = 0):
     )
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = transformers.DetrForObjectDetection(config)
+        model = getattr(transformers, f"{kind}ForObjectDetection")(config)
     model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,), "std": (0.25,)}
     return model.eval()

@@ -89,7 +89,8 @@ def assign(cost: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
 
     batch, _, objects = cost.shape
-    packed = torch.cat((cost, valid[:, None].to(cost.dtype)), 1).cpu()  # (B, Q + 1, M): one copy instead of two
+    # (B, Q + 1, M): one copy instead of two
+    packed = torch.cat((cost.detach(), valid[:, None].to(cost.dtype)), 1).cpu()
     # A student that is no longer finite is the guard's to deal with; the solver would raise.
     table = torch.nan_to_num(packed[:, :-1], nan=0.0, posinf=1e9, neginf=-1e9).numpy()
     looked_for = packed[:, -1].numpy() > 0

@@ -22,7 +22,9 @@ def classes_loss(matched: Matched) -> Tensor:
     of_nothing = -log_p[..., -1]
     taken = torch.zeros(batch, queries, device=log_p.device).scatter_add_(1, matched.queries, found)
     nothing = BACKGROUND * (1 - taken)
-    kl = torch.special.xlogy(wanted.classes, wanted.classes) - wanted.classes * matched.of_queries(log_p)
+    # xlogy's gradient is NaN at 0, where a sure teacher's softmax ends.
+    log_wanted = wanted.classes.clamp_min(torch.finfo(wanted.classes.dtype).tiny).log()
+    kl = wanted.classes * (log_wanted - matched.of_queries(log_p))
     weight = found * (BACKGROUND + (1 - BACKGROUND) * wanted.sureness)
     total = (nothing * of_nothing).sum() + (weight * kl.sum(-1)).sum()
     return total / (nothing.sum() + weight.sum())

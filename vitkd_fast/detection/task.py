@@ -55,11 +55,11 @@ class Detection(Classification):
         [0, 1]; 1 where neither sees any."""
         pairs = matched(scene)
         wanted, student = pairs.wanted, pairs.log_p.exp()
-        theirs = (wanted.sureness > SURE) & pairs.found
+        theirs = wanted.sureness > SURE
         ours = 1 - student[..., -1] > SURE
         alike = pairs.of_queries(student)[..., :-1].argmax(-1) == wanted.classes[..., :-1].argmax(-1)
         alike &= iou(pairs.of_queries(pairs.boxes), wanted.boxes) > OVERLAP
-        both = theirs & alike & ours.gather(1, pairs.queries)
+        both = theirs & pairs.found & alike & ours.gather(1, pairs.queries)
         total = theirs.sum() + ours.sum()
         return torch.where(total > 0, 2 * both.sum() / total.clamp_min(1), 1.0)
 
@@ -71,11 +71,40 @@ class Detection(Classification):
         elif data is not None and not isinstance(data, Scenes | Sequence):
             raise TypeError(f"evaluate is a {type(data).__name__}; {ACCEPTED}.")
 
-    def evaluate(self, pair: Pair, config: Config, data: Any) -> dict[str, Any]:
+    def read_evaluation(self, pair: Pair, data: Any) -> Any:
+        """Scenes, or the sequence as given.
+
+        Raises:
+            TypeError: something in it is not pixels and Objects.
+            ValueError: there is nothing in it, its images are not the teacher's, or objects are not sound.
+        """
         spec = pair.spec
+        if data is None:
+            return None
         if isinstance(data, str | Path):
             data = read_scenes(Path(data), (spec.height, spec.width), spec.channels)
-        real = [scene[1].checked(pair.classes) for scene in data]
+        count, shape = 0, (spec.channels, spec.height, spec.width)
+        for index in range(len(data)):
+            scene = data[index]
+            sound = isinstance(scene, Sequence) and len(scene) == 2
+            if not (sound and isinstance(scene[0], Tensor) and isinstance(scene[1], Objects)):
+                raise TypeError(f"evaluate has a {type(scene).__name__} as number {index}; {ACCEPTED}.")
+            if scene[0].shape != shape:
+                raise ValueError(
+                    f"evaluate has an image of shape {tuple(scene[0].shape)} as number {index}; accepted: the "
+                    f"teacher's, {shape}."
+                )
+            try:
+                count += len(scene[1].checked(pair.classes))
+            except ValueError as error:
+                raise ValueError(f"evaluate, image number {index}: {error}") from None
+        if not count:
+            raise ValueError(f"evaluate has no object in its {len(data)} images, so there is no precision to measure.")
+        return data
+
+    def evaluate(self, pair: Pair, config: Config, data: Any) -> dict[str, Any]:
+        spec = pair.spec
+        real = [data[index][1] for index in range(len(data))]
         found: dict[str, list[Objects]] = {"teacher": [], "student": []}
         agreed = []
         with torch.no_grad():
