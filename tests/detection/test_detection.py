@@ -24,6 +24,7 @@ from vitkd_fast.detection.data import Scenes
 from vitkd_fast.detection.objects import Objects, no_objects
 from vitkd_fast.detection.task import Detection, objects_of
 from vitkd_fast.distill import distill
+from vitkd_fast.guard import NonFiniteError
 from vitkd_fast.methods import DETECTION_METHODS
 from vitkd_fast.objectives import Scene, View
 from vitkd_fast.run import FILES
@@ -252,6 +253,42 @@ def test_networks_that_do_not_fit_are_refused_before_the_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_boxes_in_pixels_are_refused_with_a_way_out(monkeypatch):
+    def see(model, images):
+        scores, boxes = model(images)
+        return View(from_sigmoid(scores), boxes=boxes)
+
+    monkeypatch.setattr(adaptors, "ADAPTORS", {Own: see})
+    with pytest.raises(
+        ValueError, match=r"teacher gives boxes with .*accepted: centres and sizes in \[0, 1\].*from_corn"
+    ):
+        distill(Own(), Own(), **QUICK)
+
+
+class Poisonous(nn.Module):
+    """A teacher whose boxes are NaN from a call on."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.inner, self.calls, self.first = teacher(), 0, first
+        self.config, self.pretrained_cfg = self.inner.config, self.inner.pretrained_cfg
+
+    def forward(self, images):
+        self.calls += 1
+        output = self.inner(images)
+        if self.calls >= self.first:
+            output["pred_boxes"] = output["pred_boxes"] * math.nan
+        return output
+
+
+def test_too_many_skipped_steps_stop_the_run_and_leave_its_report(tmp_path):
+    small = student()
+    with pytest.raises(NonFiniteError, match=r"placed \(\d+ times\)"):
+        distill(Poisonous(6), small, max_skipped=4, out=tmp_path, evaluate=real(8), **{**QUICK, "steps": 100})
+    assert json.loads((tmp_path / "report.json").read_text())["status"] == "failed"
+    assert all(weight.isfinite().all() for weight in small.parameters())
+
+
 def test_objectives_of_the_other_task_are_off_with_a_note():
     result = distill(teacher(), student(), student_objectives={"logits": 1.0}, **QUICK)
     assert "logits is off: it is for classifiers, and these are detectors" in result.report.notes
@@ -410,3 +447,11 @@ def test_objects_are_taken_from_what_scores_enough():
     torch.testing.assert_close(all_of_them.scores, torch.tensor([0.9, 0.2]))
     assert all_of_them.labels.tolist() == [0, 1] and sure.labels.tolist() == [0]
     torch.testing.assert_close(sure.boxes, torch.tensor([LEFT]))
+
+
+def test_a_query_without_a_sound_box_is_no_object():
+    view = views(
+        [(0.9, 0, LEFT), (0.8, 0, (0.5, 0.5, -0.1, 0.2)), (0.7, 1, (0.5, math.nan, 0.1, 0.2))], [(0.9, 0, LEFT)]
+    )
+    (found,) = objects_of(view.student)
+    torch.testing.assert_close(found.scores, torch.tensor([0.9]))

@@ -205,6 +205,12 @@ def test_sure_falls_as_the_teacher_comes_to_know_what_it_sees():
     assert values[2] < 0.2
 
 
+def test_a_teacher_that_sees_nothing_is_drawn_towards_something():
+    logits = torch.tensor([[[0.0, 1.0, 40.0]]], requires_grad=True)
+    GENERATOR_OBJECTIVES["sure"].function(scene(None, View(logits, boxes=torch.rand(1, 1, 4)))).backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[[0.0, -1.0, 1.0]]]))
+
+
 def test_what_is_drawn_to_be_asked_for_is_inside_and_of_all_kinds():
     torch.manual_seed(0)
     asked = objectives.drawn(500, 3, torch.device("cpu"))

@@ -38,7 +38,7 @@ def look(model: nn.Module, images: Tensor) -> View:
     """What a detector finds in (B, C, H, W) images.
 
     Raises:
-        ValueError: its output is not understood, or its boxes are not centres and sizes in [0, 1].
+        ValueError: its output is not understood.
     """
     known = (ADAPTORS[kind] for kind in type(model).__mro__ if kind in ADAPTORS)
     view = next(known, of_transformers)(model, images)

@@ -51,7 +51,8 @@ def unlike(scene: Scene) -> Tensor:
 def sure(scene: Scene) -> Tensor:
     """Entropy in nats of what the teacher's surest queries find: that it sees things, and knows which."""
     wanted = wanted_by(scene.teacher, ASKED)
-    return -torch.log((wanted.classes[..., :-1]).amax(-1).clamp_min(1e-6)).mean()
+    surest = wanted.classes[..., :-1].amax(-1)
+    return -torch.log(surest.clamp_min(torch.finfo(surest.dtype).tiny)).mean()
 
 
 @generator_objective("boxes")

@@ -24,6 +24,7 @@ from vitkd_fast.tasks import Classification
 
 SURE = 0.5  # a probability from which an object counts as found
 OVERLAP = 0.5  # IoU from which two boxes are of the same object
+FURTHEST = 2.0  # a number above it cannot be a share of a side, even of a box that reaches out of the image
 SHOWN = 16  # images in the picture of a run
 BATCH = 32  # images looked at together when measuring
 
@@ -40,6 +41,13 @@ class Detection(Classification):
         return adaptors.look(model, images)
 
     def classes(self, seen: View) -> int:
+        assert seen.boxes is not None
+        largest = seen.boxes.abs().amax().item()
+        if largest > FURTHEST:
+            raise ValueError(
+                f"gives boxes with {largest:.4g} in them; accepted: centres and sizes in [0, 1] of the image's sides, "
+                f"see from_corners in vitkd_fast.detection.adaptors."
+            )
         return seen.logits.shape[-1] - 1
 
     def outputs(self, classes: int) -> tuple[int, ...]:
@@ -142,7 +150,9 @@ ACCEPTED = (
 
 
 def objects_of(view: View, least: float = 0.0) -> list[Objects]:
-    """What a detector found in each image: one object of every query that scores `least` or more."""
+    """What a detector found in each image: one object of every query that scores `least` or more and has a box."""
     assert view.boxes is not None
     scores, labels = view.logits.float().softmax(-1)[..., :-1].max(-1)
-    return [Objects(*rows)[rows[2] >= least] for rows in zip(view.boxes.float(), labels, scores, strict=True)]
+    boxes = view.boxes.float()
+    sound = (scores >= least) & boxes.isfinite().all(-1) & (boxes[..., 2:] >= 0).all(-1)
+    return [Objects(*rows)[there] for *rows, there in zip(boxes, labels, scores, sound, strict=True)]
