@@ -14,7 +14,7 @@ import torch
 
 from vitkd_fast import cli
 from vitkd_fast.config import Config
-from vitkd_fast.methods import METHODS
+from vitkd_fast.methods import DETECTION_METHODS, METHODS
 
 timm = pytest.importorskip("timm")
 
@@ -78,8 +78,10 @@ def test_flags_are_the_fields_of_a_config(monkeypatch):
 def test_methods_says_what_each_is(capsys):
     cli.main(["methods"])
     text = capsys.readouterr().out
-    assert [line for line in text.splitlines() if not line.startswith(" ")] == list(METHODS)
-    assert all(method.source in " ".join(text.split()) for method in METHODS.values())
+    detecting = [f"{name}, with --task detection" for name in DETECTION_METHODS]
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == [*METHODS, *detecting]
+    every = (*METHODS.values(), *DETECTION_METHODS.values())
+    assert all(method.source in " ".join(text.split()) for method in every)
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -5,7 +5,8 @@ from typing import Any
 from vitkd_fast.methods import Method, register
 
 SET: dict[str, Any] = {"found": 1.0, "placed": 5.0, "overlap": 2.0}  # Carion et al. 2020 (DETR)
-STUDENT: dict[str, Any] = {"student_objectives": {**SET, "tokens": 1.0}}
+# With the tokens at 1 a student had 19 % mAP50 after 1,000 steps, at 10 45 %, at 30 66 %, at 100 67 % (digit scenes).
+STUDENT: dict[str, Any] = {"student_objectives": {**SET, "tokens": 30.0}}
 
 register(
     Method(
