@@ -8,25 +8,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkd_fast.detection.digit_scenes import Composer, composers
-from vitkd_fast.detection.extra import extra
-from vitkd_fast.detection.matching import Wanted, match
-from vitkd_fast.detection.objects import Objects
-from vitkd_fast.detection.set_losses import boxes_loss, classes_loss, giou_loss
+from vitkd_fast.detection.training import small_yolos, train
 from vitkd_fast.distill import Result, distill
-from vitkd_fast.generator import Generator, register
-from vitkd_fast.guard import GuardedOptimizer
-from vitkd_fast.muon import hidden_matrices
-from vitkd_fast.objectives import View
+from vitkd_fast.generator import Generator, ImageSpec, register
 from vitkd_fast.report import percent
 
-CLASSES = 10
-SIDE = 64  # pixels of a scene
-TEACHER = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 3}  # 613 thousand weights
-STUDENT = {"hidden_size": 56, "num_hidden_layers": 4, "num_attention_heads": 2}  # 176 thousand
+SPEC = ImageSpec(64, 64, (0.5,), (0.5,))  # of a scene
+SIZES = {"classes": 10, "patch": 8, "queries": 10}  # of both networks
+TEACHER = {"width": 96, "depth": 5, "heads": 3}  # 613 thousand weights
+STUDENT = {"width": 56, "depth": 4, "heads": 2}  # 176 thousand
 TEACHER_STEPS = 3000
 STEPS = 1500
 BATCH_SIZE = 32
@@ -80,12 +73,12 @@ def demo(
     say: Callable[..., None] = print if progress else lambda *_: None
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        known, held = composers(SIDE)
+        known, held = composers(SPEC.height)
         evaluate = list(zip(*held(HELD)))
         say(f"Training the teacher on scenes of handwritten digits, {TEACHER_STEPS:,} steps …")
-        teacher = small_yolos(**TEACHER)
-        train(teacher, known, TEACHER_STEPS)
-        student = small_yolos(**STUDENT)
+        teacher = small_yolos(SPEC, **SIZES, **TEACHER)
+        train(teacher, known, SPEC, steps=TEACHER_STEPS, batch_size=BATCH_SIZE)
+        student = small_yolos(SPEC, **SIZES, **STUDENT)
         weights = {name: weight.clone() for name, weight in student.state_dict().items()}
 
         def distilled(what: str, **options: Any) -> Result:
@@ -136,79 +129,3 @@ class RealScenes(Generator):
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         assert RealScenes.compose is not None
         return self.normalise(RealScenes.compose(len(noise))[0])
-
-
-def small_yolos(**sizes: Any) -> nn.Module:
-    """A YOLOS (Fang et al. 2021) for the scenes: patches of 8×8, ten queries."""
-    with extra():
-        from transformers import YolosConfig, YolosForObjectDetection
-    config: Any = YolosConfig(
-        **sizes,
-        intermediate_size=4 * sizes["hidden_size"],
-        image_size=[SIDE, SIDE],
-        patch_size=8,
-        num_channels=1,
-        num_detection_tokens=10,
-        use_mid_position_embeddings=False,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    config.num_labels = CLASSES
-    model: Any = YolosForObjectDetection(config)
-    # Queries that start alike, as transformers makes them, would stay alike for long.
-    nn.init.normal_(model.vit.embeddings.detection_tokens)
-    nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.02)
-    model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,)}
-    return model
-
-
-def train(model: Any, compose: Composer, steps: int) -> None:
-    """Supervised, by DETR's set losses; and each patch learns which digit covers it, without which a YOLOS this small
-    needs many times as long."""
-    patches = nn.Linear(model.config.hidden_size, CLASSES + 1)
-    terms = ["classes", "boxes", "giou", "patches"]
-    optimizer = GuardedOptimizer(
-        "teacher",
-        nn.ModuleList([model, patches]),
-        2.5e-3,
-        terms,
-        weight_decay=0.01,
-        clip=1.0,
-        matrices=hidden_matrices(model, 1, (CLASSES + 1, 4)),
-    )
-    model.train()
-    grid = SIDE // model.config.patch_size
-    for step in range(steps):
-        scenes, objects = compose(BATCH_SIZE)
-        output = model((scenes - 0.5) / 0.5)
-        pairs = match(View(output.logits, boxes=output.pred_boxes), real(objects))
-        covered = patches(output.last_hidden_state[:, 1 : 1 + grid * grid]).flatten(0, 1)
-        losses = (
-            classes_loss(pairs),
-            5 * boxes_loss(pairs),
-            2 * giou_loss(pairs),
-            F.cross_entropy(covered, covering(objects, grid).flatten()),
-        )
-        optimizer.step(torch.stack(losses).sum(), dict(zip(terms, losses)), step / steps)
-    model.eval()
-
-
-def real(objects: list[Objects]) -> Wanted:
-    """Real objects as what should be found, with certainty; scenes with fewer than the most wait for nothing."""
-    most = max(map(len, objects))
-    labels = torch.full((len(objects), most), CLASSES)
-    boxes = torch.full((len(objects), most, 4), 0.5)
-    for scene, some in enumerate(objects):
-        labels[scene, : len(some)], boxes[scene, : len(some)] = some.labels, some.boxes
-    return Wanted(F.one_hot(labels, CLASSES + 1).float(), boxes)
-
-
-def covering(objects: list[Objects], grid: int) -> Tensor:
-    """(B, grid, grid) the label whose box covers the middle of each patch; `CLASSES` where none does."""
-    place = (torch.arange(grid) + 0.5) / grid
-    labels = torch.full((len(objects), grid, grid), CLASSES)
-    for scene, some in enumerate(objects):
-        for (x, y, width, height), label in zip(some.boxes, some.labels):
-            inside = ((place - y).abs() < height / 2)[:, None] & ((place - x).abs() < width / 2)
-            labels[scene][inside] = label
-    return labels

@@ -61,15 +61,8 @@ class Detection(Classification):
     def agreement(self, scene: Scene) -> Tensor:
         """Of the objects that either is sure of, how many both see alike: 2 · both / (teacher's + student's), in
         [0, 1]; 1 where neither sees any."""
-        pairs = matched(scene)
-        wanted, student = pairs.wanted, pairs.log_p.exp()
-        theirs = wanted.sureness > SURE
-        ours = 1 - student[..., -1] > SURE
-        alike = pairs.of_queries(student)[..., :-1].argmax(-1) == wanted.classes[..., :-1].argmax(-1)
-        alike &= iou(pairs.of_queries(pairs.boxes), wanted.boxes) > OVERLAP
-        both = theirs & pairs.found & alike & ours.gather(1, pairs.queries)
-        total = theirs.sum() + ours.sum()
-        return torch.where(total > 0, 2 * both.sum() / total.clamp_min(1), 1.0)
+        both, total = _seen_alike(scene)
+        return torch.where(total > 0, 2 * both / total.clamp_min(1), 1.0)
 
     def check_evaluation(self, data: Any) -> None:
         """Refuse what `evaluate` cannot use, before the run rather than after it."""
@@ -114,7 +107,7 @@ class Detection(Classification):
         spec = pair.spec
         real = [data[index][1] for index in range(len(data))]
         found: dict[str, list[Objects]] = {"teacher": [], "student": []}
-        agreed = []
+        counts = torch.zeros(2, dtype=torch.int64)
         with torch.no_grad():
             for start in range(0, len(data), BATCH):
                 pixels = torch.stack([data[index][0] for index in range(start, min(start + BATCH, len(data)))])
@@ -123,9 +116,10 @@ class Detection(Classification):
                 assert scene.student is not None
                 found["teacher"] += objects_of(scene.teacher)
                 found["student"] += objects_of(scene.student)
-                agreed.append(self.agreement(scene) * len(images))
+                counts += torch.stack(_seen_alike(scene)).cpu()
         sizes = data.sizes if isinstance(data, Scenes) else None
-        figures: dict[str, Any] = {"agreement": (torch.stack(agreed).sum() / len(data)).item()}
+        both, total = counts.tolist()
+        figures: dict[str, Any] = {"agreement": 2 * both / total if total else 1.0}
         for role, objects in found.items():
             precision = mean_average_precision(objects, real, sizes)
             figures |= {f"{role}_{name}": precision[name] for name in ("map", "map50")}
@@ -147,6 +141,18 @@ ACCEPTED = (
     "accepted: Scenes (vitkd_fast.detection.data), a sequence of ((C, H, W) pixels in [0, 1], Objects), an annotation "
     "file of COCO, or a folder as COCO or YOLO lay it out"
 )
+
+
+def _seen_alike(scene: Scene) -> tuple[Tensor, Tensor]:
+    """How many objects both see alike, and how many the two see in sum."""
+    pairs = matched(scene)
+    wanted, student = pairs.wanted, pairs.log_p.exp()
+    theirs = wanted.sureness > SURE
+    ours = 1 - student[..., -1] > SURE
+    alike = pairs.of_queries(student)[..., :-1].argmax(-1) == wanted.classes[..., :-1].argmax(-1)
+    alike &= iou(pairs.of_queries(pairs.boxes), wanted.boxes) > OVERLAP
+    both = theirs & pairs.found & alike & ours.gather(1, pairs.queries)
+    return both.sum(), theirs.sum() + ours.sum()
 
 
 def objects_of(view: View, least: float = 0.0) -> list[Objects]:

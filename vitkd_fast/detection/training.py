@@ -1,0 +1,107 @@
+"""Teachers for the demo and the benchmark: a YOLOS made small, and supervised training of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkd_fast.detection.extra import extra
+from vitkd_fast.detection.matching import Wanted, match
+from vitkd_fast.detection.objects import Objects
+from vitkd_fast.detection.set_losses import boxes_loss, classes_loss, giou_loss
+from vitkd_fast.generator import ImageSpec
+from vitkd_fast.guard import GuardedOptimizer
+from vitkd_fast.muon import hidden_matrices
+from vitkd_fast.objectives import View
+from vitkd_fast.pair import student_lr
+
+TERMS = ("classes", "boxes", "giou", "patches")
+Compose = Callable[[int], tuple[Tensor, list[Objects]]]
+"""From a count to (count, C, H, W) pixels in [0, 1] and what is on each."""
+
+
+def small_yolos(
+    spec: ImageSpec, classes: int, patch: int, queries: int, width: int, depth: int, heads: int
+) -> nn.Module:
+    """A YOLOS of transformers (Fang et al. 2021, arXiv 2106.00666) with random weights, that says its images."""
+    with extra():
+        from transformers import YolosConfig, YolosForObjectDetection
+    config: Any = YolosConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=[spec.height, spec.width],
+        patch_size=patch,
+        num_channels=spec.channels,
+        num_detection_tokens=queries,
+        use_mid_position_embeddings=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.num_labels = classes
+    model: Any = YolosForObjectDetection(config)
+    # Queries that start alike, as transformers makes them, would stay alike for long.
+    nn.init.normal_(model.vit.embeddings.detection_tokens)
+    nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.02)
+    model.pretrained_cfg = {"mean": spec.mean, "std": spec.std}
+    return model
+
+
+def train(model: Any, compose: Compose, spec: ImageSpec, *, steps: int, batch_size: int) -> None:
+    """Supervised, by DETR's set losses; and each patch learns what covers it, without which a YOLOS this small needs
+    many times as long."""
+    config, device = model.config, model.device
+    classes, grid = config.num_labels, (spec.height // config.patch_size, spec.width // config.patch_size)
+    patches = nn.Linear(config.hidden_size, classes + 1, device=device)
+    optimizer = GuardedOptimizer(
+        "teacher",
+        nn.ModuleList([model, patches]),
+        student_lr(torch.Size([config.hidden_size])),
+        TERMS,
+        weight_decay=0.01,
+        clip=1.0,
+        matrices=hidden_matrices(model, spec.channels, (classes + 1, 4)),
+    )
+    model.train()
+    for step in range(steps):
+        scenes, objects = compose(batch_size)
+        output = model(spec.normalised(scenes.to(device)))
+        pairs = match(View(output.logits, boxes=output.pred_boxes), real(objects, classes, device))
+        covered = patches(output.last_hidden_state[:, 1 : 1 + grid[0] * grid[1]]).flatten(0, 1)
+        losses = (
+            classes_loss(pairs),
+            5 * boxes_loss(pairs),
+            2 * giou_loss(pairs),
+            F.cross_entropy(covered, covering(objects, classes, grid).flatten().to(device)),
+        )
+        optimizer.step(torch.stack(losses).sum(), dict(zip(TERMS, losses)), step / steps)
+    model.eval()
+
+
+def real(objects: list[Objects], classes: int, device: torch.device | str = "cpu") -> Wanted:
+    """Real objects as what should be found, with certainty; scenes with fewer than the most wait for nothing."""
+    most = max(1, *map(len, objects))
+    labels = torch.full((len(objects), most), classes)
+    boxes = torch.full((len(objects), most, 4), 0.5)
+    for scene, some in enumerate(objects):
+        labels[scene, : len(some)], boxes[scene, : len(some)] = some.labels, some.boxes
+    return Wanted(F.one_hot(labels.to(device), classes + 1).float(), boxes.to(device))
+
+
+def covering(objects: list[Objects], classes: int, grid: tuple[int, int]) -> Tensor:
+    """(B, rows, columns) the label whose box reaches the middle of each patch; `classes` where none does.
+
+    A box between two middles has the patch in which its own middle is.
+    """
+    rows, columns = grid
+    labels = torch.full((len(objects), rows, columns), classes)
+    down, across = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
+    for scene, some in enumerate(objects):
+        for (x, y, width, height), label in zip(some.boxes, some.labels):
+            inside = ((down - y).abs() < height / 2)[:, None] & ((across - x).abs() < width / 2)
+            inside[min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)] = True
+            labels[scene][inside] = label
+    return labels
