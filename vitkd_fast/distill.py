@@ -45,12 +45,16 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
 
     Args:
         teacher: a classifier of images, (B, channels, height, width) to (B, classes); or a timm name, then with
-            `teacher_checkpoint=` or timm's own pretrained weights. It is used frozen, in eval mode.
-        student: a classifier of the same classes, trained in place; or a timm name, then made anew for the teacher's
-            images. A module that says another image size or normalisation of itself gets such images.
+            `teacher_checkpoint=` or timm's own pretrained weights. It is used frozen, in eval mode. With
+            `task="detection"` a detector of transformers, a folder that it was saved to or its name on the hub, or a
+            module with an adaptor (`vitkd_fast.detection.adaptors`).
+        student: a model of the same classes, trained in place; or a name, then made anew for the teacher's images. A
+            module that says another image size or normalisation of itself gets such images.
         evaluate: real images to measure both on at the end, never to train on: batches of (images, labels), a
             function from a model to its accuracy, or a folder with one subfolder of images per class. Images are
-            normalised for the teacher; for a student that wants others they are converted.
+            normalised for the teacher; for a student that wants others they are converted. Of detectors: a sequence
+            of ((C, H, W) pixels in [0, 1], `vitkd_fast.detection.objects.Objects`), an annotation file of COCO, or a
+            folder as COCO or YOLO lay it out.
         **options: the fields of `vitkd_fast.Config`: steps=, batch_size=, out=, seed=, …
 
     Returns:
