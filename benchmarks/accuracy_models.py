@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from vitkd_fast import accelerate
 from vitkd_fast.augment import warped
 from vitkd_fast.checkpoint import load_into, read_state_dict
-from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings, ImageSpec, register
+from vitkd_fast.generator import ImageSpec, supplied
 from vitkd_fast.guard import GuardedOptimizer
 from vitkd_fast.synthesis import is_due
-
-REAL_IMAGES = "real_images"  # the name of a generator while `real_images` is open, and never otherwise
 
 
 @dataclass(frozen=True)
@@ -344,21 +342,11 @@ def cut_and_mixed(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float
 
 @contextlib.contextmanager
 def real_images(data: Labelled, augmentation: Augmentation) -> Iterator[str]:
-    """Inside, a generator of the yielded name "makes" real images, so that `distill` is the upper bound's loop, too.
+    """Inside, the generator of the yielded name gives real images, augmented."""
 
-    KD on real images then differs from a method in its images and in nothing else. Outside, the name is unknown.
-    """
+    def make(count: int) -> Tensor:
+        batch = torch.randint(len(data), (count,), device=data.labels.device)
+        return augmentation(data.pixels(batch))
 
-    class RealImages(Generator):
-        def __init__(self, spec: ImageSpec, settings: GeneratorSettings) -> None:
-            super().__init__(spec, settings)
-
-        def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-            batch = torch.randint(len(data), (len(noise),), device=data.labels.device)
-            return self.normalise(augmentation(data.pixels(batch)))
-
-    register(REAL_IMAGES)(RealImages)
-    try:
-        yield REAL_IMAGES
-    finally:
-        del GENERATORS[REAL_IMAGES]
+    with supplied(make) as name:
+        yield name

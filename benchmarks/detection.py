@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from _common import ROOT, _cpu_name, _git
@@ -22,11 +22,12 @@ from vitkd_fast.detection.data import Scenes, read_scenes
 from vitkd_fast.detection.objects import Objects, clipped
 from vitkd_fast.detection.training import small_yolos, train
 from vitkd_fast.distill import distill
-from vitkd_fast.generator import Generator, ImageSpec, register
+from vitkd_fast.generator import ImageSpec, supplied
 from vitkd_fast.methods import DETECTION_METHODS
 from vitkd_fast.report import Report, percent
 
 SHIFT = 0.125  # of the sides, by which training scenes are moved at most
+REAL = "real_kd"  # the bound that sees real scenes
 PARTS = ("train", "val")  # to learn from, to measure on
 
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known, held = (read_scenes(annotations(arguments.data, part), tuple(arguments.size)) for part in PARTS)
     if known.classes != held.classes:
         raise SystemExit(f"detection.py: classes to learn, {known.classes}, and to measure, {held.classes}, differ.")
+    moved = Moved(known)
     started = time.perf_counter()
     sizes = {"classes": len(known.classes), "patch": arguments.patch, "queries": arguments.queries}
     if arguments.teacher:
@@ -46,28 +48,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         teacher = small_yolos(spec, **sizes, **triple(arguments.teacher_size)).to(arguments.device)
         say(f"training the teacher on {len(known)} scenes, {arguments.teacher_steps:,} steps …")
-        train(teacher, Moved(known), spec, steps=arguments.teacher_steps, batch_size=arguments.batch_size)
+        train(teacher, moved, spec, steps=arguments.teacher_steps, batch_size=arguments.batch_size)
     seconds = time.perf_counter() - started
     reports: dict[str, Report] = {}
-    RealScenes.scenes = Moved(known)
-    for name in ("real_kd", *arguments.methods):
+    for name in (REAL, *arguments.methods):
         torch.manual_seed(arguments.seed)
         student = small_yolos(spec, **sizes, **triple(arguments.student_size)).to(arguments.device)
-        options: dict[str, Any] = {"generator": "real_scenes"} if name == "real_kd" else {"method": name}
         say(f"{name} …")
-        result = distill(
-            teacher,
-            student,
-            task="detection",
-            evaluate=held,
-            steps=arguments.steps,
-            batch_size=arguments.batch_size,
-            precision=arguments.precision,
-            seed=arguments.seed,
-            out=arguments.out / name,
-            overwrite=True,
-            **options,
-        )
+        with supplied(lambda count: moved(count)[0]) as real_images:
+            result = distill(
+                teacher,
+                student,
+                task="detection",
+                evaluate=held,
+                steps=arguments.steps,
+                batch_size=arguments.batch_size,
+                precision=arguments.precision,
+                seed=arguments.seed,
+                out=arguments.out / name,
+                overwrite=True,
+                **({"generator": real_images} if name == REAL else {"method": name}),
+            )
         if result.report.status == "interrupted":
             return 130
         reports[name] = result.report
@@ -147,17 +148,6 @@ class Moved:
             pixels = pixels.index_select(dim, (torch.arange(side) - move).clamp(0, side - 1))
             boxes[:, axis] += move / side
         return pixels, clipped(Objects(boxes, objects.labels))
-
-
-@register("real_scenes")
-class RealScenes(Generator):
-    """Real scenes in a generator's place, for the upper bound alone."""
-
-    scenes: ClassVar[Moved | None] = None
-
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        assert RealScenes.scenes is not None
-        return self.normalise(RealScenes.scenes(len(noise))[0].to(self.mean.device))
 
 
 def table(reports: dict[str, Report]) -> str:

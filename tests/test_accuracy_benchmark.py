@@ -18,7 +18,7 @@ import torch
 
 from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
-from vitkd_fast.generator import GENERATORS, GeneratorSettings
+from vitkd_fast.generator import GENERATORS, SUPPLIED, GeneratorSettings
 from vitkd_fast.methods import METHODS
 from vitkd_fast.models import image_spec
 
@@ -147,7 +147,7 @@ def bench(tmp_path_factory):
     def watched(teacher, student, **options):
         assert "evaluate" not in options and not any(isinstance(value, torch.Tensor) for value in options.values())
         calls.append((accuracy_models.digest(student), options))
-        real = options.get("generator") == accuracy_models.REAL_IMAGES
+        real = options.get("generator") == SUPPLIED
         with contextlib.nullcontext() if real else no_data():
             return distill(teacher, student, **options)
 
@@ -174,7 +174,7 @@ def test_all_contenders_start_alike_and_only_one_sees_images(bench):
         own = [(start, options) for start, options in calls if options["seed"] == seed]
         assert len({start for start, _ in own}) == 1
         assert [options["method"] for _, options in own] == ["best", "noise", "best", "dfad"]
-        assert [options.get("generator") for _, options in own] == [accuracy_models.REAL_IMAGES, None, None, None]
+        assert [options.get("generator") for _, options in own] == [SUPPLIED, None, None, None]
         shared = ("steps", "batch_size", "precision")
         assert len({tuple(options[name] for name in shared) for _, options in own}) == 1
     settings = record["settings"]
@@ -348,7 +348,7 @@ def test_real_images_are_a_generator_inside_and_unknown_outside():
         made = GENERATORS[name](spec, GeneratorSettings()).sample(40)
     known = accuracy_models.normalised(data.pixels(slice(None)), spec).flatten(1)
     assert torch.cdist(made.flatten(1), known).amin(1).max() < 1e-5
-    assert accuracy_models.REAL_IMAGES not in GENERATORS
+    assert SUPPLIED not in GENERATORS
 
 
 def test_augmentations_stay_in_range_and_do_what_they_are_called():

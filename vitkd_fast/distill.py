@@ -153,8 +153,6 @@ def _distill(
 
     student.eval()
     generator = synthesis.generator.eval()
-    with torch.no_grad():
-        images = generator.sample(64)
     figures = {} if evaluate is None else pair.task.evaluate(pair, config, evaluate)
     report = Report(
         status=status,
@@ -170,7 +168,10 @@ def _distill(
         versions=versions(device),
         **figures,
     )
-    folder.finish(student, pair.task.picture(pair, config, images), report)
+    if config.out is not None:
+        with torch.no_grad():
+            picture = pair.task.picture(pair, config, generator.sample(64))
+        folder.finish(student, picture, report)
     if config.progress:
         print(report)
     if failure:

@@ -8,7 +8,8 @@ A generator of your own is one registered class; then `distill(…, generator="m
         def forward(self, noise, labels=None): …  # self.normalise([0, 1] pixels)
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,10 @@ class ImageSpec:
         return (pixels - mean) / std
 
     def _per_channel(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
         return mean, std
 
 
@@ -131,6 +135,7 @@ class Several(Generator):
         return torch.cat([part.sample(share) for part, share in zip(self.parts, shares, strict=True) if share])  # type: ignore[operator]
 
 
+SUPPLIED = "real_images"  # the name of a generator while `supplied` is open, and never otherwise
 GENERATORS: dict[str, type[Generator]] = {}
 
 
@@ -148,6 +153,25 @@ def register(name: str) -> Callable[[type[Generator]], type[Generator]]:
         return generator
 
     return known
+
+
+@contextlib.contextmanager
+def supplied(make: Callable[[int], Tensor]) -> Iterator[str]:
+    """Inside, the generator of the yielded name gives the (B, C, H, W) pixels in [0, 1] that `make` returns for B.
+
+    Of real images, it makes `distill` the upper bound: KD on them, that differs from a method in its images and in
+    nothing else. Outside, the name is unknown.
+    """
+
+    class Supplied(Generator):
+        def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+            return self.normalise(make(len(noise)).to(self.mean.device))
+
+    register(SUPPLIED)(Supplied)
+    try:
+        yield SUPPLIED
+    finally:
+        del GENERATORS[SUPPLIED]
 
 
 @register("noise")

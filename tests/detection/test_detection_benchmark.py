@@ -49,7 +49,7 @@ def test_it_reports_the_teacher_and_every_student(data, tmp_path, capsys):
     (path,) = (tmp_path / "results").iterdir()
     record = json.loads(path.read_text())
     assert record["students"].keys() == {"real_kd", "noise", "best"}
-    assert record["students"]["real_kd"]["settings"]["generator"] == "real_scenes"
+    assert record["students"]["real_kd"]["settings"]["generator"] == "real_images"
     assert str(tmp_path) not in path.read_text()
     assert (tmp_path / "out/best/images.png").exists()
 

@@ -5,15 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from vitkd_fast.detection.digit_scenes import Composer, composers
+from vitkd_fast.detection.digit_scenes import composers
 from vitkd_fast.detection.training import small_yolos, train
 from vitkd_fast.distill import Result, distill
-from vitkd_fast.generator import Generator, ImageSpec, register
+from vitkd_fast.generator import ImageSpec, supplied
 from vitkd_fast.report import percent
 
 SPEC = ImageSpec(64, 64, (0.5,), (0.5,))  # of a scene
@@ -98,8 +97,8 @@ def demo(
 
         free = distilled("drawn scenes: no digit is left", out=out, overwrite=True).report
         noise = distilled("Gaussian noise", method="noise").report
-        RealScenes.compose = known
-        real = distilled("real scenes", generator="digit_scenes").report
+        with supplied(lambda count: known(count)[0]) as generator:
+            real = distilled("real scenes", generator=generator).report
     assert free.agreement is not None
     figures = Figures(
         teacher_map50=free.teacher_map50 or 0.0,
@@ -118,14 +117,3 @@ def demo(
         json.write_text(jsonlib.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
     say(f"\n{figures}")
     return figures
-
-
-@register("digit_scenes")
-class RealScenes(Generator):
-    """Real scenes in a generator's place: for the upper bound, never for the student that has no data."""
-
-    compose: ClassVar[Composer | None] = None
-
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        assert RealScenes.compose is not None
-        return self.normalise(RealScenes.compose(len(noise))[0])
