@@ -58,8 +58,18 @@ def create_student(student: nn.Module | str, spec: ImageSpec, classes: int) -> n
     if hasattr(config, "image_size"):
         config.image_size = [spec.height, spec.width]
     model: Any = AutoModelForObjectDetection.from_config(config)
+    tell_apart(model)
     model.pretrained_cfg = {"mean": spec.mean, "std": spec.std}
     return model
+
+
+def tell_apart(model: Any) -> None:
+    """Random queries and places for an untrained YOLOS: transformers makes all of them 0, and queries that start alike
+    stay alike for long."""
+    embeddings: Any = getattr(getattr(model, "vit", None), "embeddings", None)
+    if hasattr(embeddings, "detection_tokens"):
+        nn.init.normal_(embeddings.detection_tokens)
+        nn.init.normal_(embeddings.position_embeddings, std=0.02)
 
 
 ACCEPTED = "Give an nn.Module, a folder that save_pretrained wrote, or a name on the Hugging Face hub."

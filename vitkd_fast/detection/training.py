@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitkd_fast.detection.extra import extra
 from vitkd_fast.detection.matching import Wanted, match
+from vitkd_fast.detection.models import tell_apart
 from vitkd_fast.detection.objects import Objects
 from vitkd_fast.detection.set_losses import boxes_loss, classes_loss, giou_loss
 from vitkd_fast.generator import ImageSpec
@@ -43,9 +44,7 @@ def small_yolos(
     )
     config.num_labels = classes
     model: Any = YolosForObjectDetection(config)
-    # Queries that start alike, as transformers makes them, would stay alike for long.
-    nn.init.normal_(model.vit.embeddings.detection_tokens)
-    nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.02)
+    tell_apart(model)
     model.pretrained_cfg = {"mean": spec.mean, "std": spec.std}
     return model
 

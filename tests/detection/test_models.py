@@ -1,0 +1,34 @@
+"""Detectors by name: folders that transformers wrote."""
+
+import pytest
+import torch
+from tiny_detectors import CLASSES, SIZE, yolos
+
+from vitkd_fast.config import Config
+from vitkd_fast.detection.models import create_student, load_teacher
+from vitkd_fast.generator import ImageSpec
+
+
+def test_a_teacher_comes_from_a_folder_with_its_weights(tmp_path):
+    saved = yolos()
+    saved.save_pretrained(tmp_path)
+    images = torch.randn(2, 1, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(load_teacher(str(tmp_path), Config(task="detection"))(images).logits, saved(images).logits)
+
+
+def test_a_student_is_made_anew_for_the_teachers_images_with_queries_that_differ(tmp_path):
+    yolos(classes=7).save_pretrained(tmp_path)
+    spec = ImageSpec(24, 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    student = create_student(str(tmp_path), spec, CLASSES).eval()
+    assert student.pretrained_cfg == {"mean": spec.mean, "std": spec.std}
+    with torch.no_grad():
+        output = student(torch.randn(1, 3, 24, 32))
+    assert output.logits.shape[-1] == CLASSES + 1
+    assert student.vit.embeddings.detection_tokens[0].std(0).min() > 0.1
+
+
+def test_a_name_that_is_nothing_says_what_is_accepted(tmp_path):
+    for load in (lambda name: load_teacher(name, Config(task="detection")), lambda name: create_student(name, None, 3)):
+        with pytest.raises(RuntimeError, match="a folder that save_pretrained wrote"):
+            load(str(tmp_path / "missing"))
