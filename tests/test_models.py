@@ -7,7 +7,7 @@ from torch import nn
 
 from vitkd_fast.config import Config
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.models import create_student, default_device, forward, frozen, image_spec, load_teacher
+from vitkd_fast.models import create_student, default_device, device_of, forward, frozen, image_spec, load_teacher
 
 timm = pytest.importorskip("timm")
 TEST_VIT = "test_vit"  # timm's own 0.37 M parameter ViT for tests, 160×160
@@ -150,3 +150,11 @@ def test_default_device():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no CUDA device"):
             default_device("cuda")
+
+
+def test_weights_that_are_buffers_say_the_device_too():
+    exported = nn.Module()
+    assert device_of(exported) is None
+    exported.register_buffer("weight", torch.ones(2))
+    assert device_of(exported) == torch.device("cpu")
+    assert default_device(None, "a name", exported) == torch.device("cpu")

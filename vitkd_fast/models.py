@@ -1,6 +1,7 @@
 """Teacher and student: modules as given, or timm names; what a teacher knows about its images; how both are run."""
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,14 @@ def default_device(device: str | None, *models: nn.Module | str) -> torch.device
             raise ValueError(f"device is {device!r}, but torch sees no CUDA device; `vitkd doctor` says more.")
         return found
     for model in models:
-        if isinstance(model, nn.Module) and (weight := next(model.parameters(), None)) is not None:
-            return weight.device
+        if isinstance(model, nn.Module) and (there := device_of(model)) is not None:
+            return there
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where its weights are; a model that was exported may have them as buffers. None: it has none."""
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
 
 def load_teacher(teacher: nn.Module | str, config: Config) -> nn.Module:

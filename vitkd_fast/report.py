@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkd_fast._version import __version__
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.models import frozen
+from vitkd_fast.models import device_of, frozen
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def model_facts(model: nn.Module, spec: ImageSpec, name: str) -> ModelFacts:
     """Count a model's parameters, saved bytes, and the operations of its matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
 
-    image = torch.zeros(1, spec.channels, spec.height, spec.width, device=next(model.parameters()).device)
+    image = torch.zeros(1, spec.channels, spec.height, spec.width, device=device_of(model))
     ours = dict.fromkeys((torch.ops.vitkd.attention, torch.ops.vitkd_triton.attention), _attention_flops)
     counter = FlopCounterMode(display=False, custom_mapping=ours)
     with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # MATH: products the counter knows
