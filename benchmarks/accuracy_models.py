@@ -274,12 +274,6 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def normalised(pixels: Tensor, spec: ImageSpec) -> Tensor:
-    """[0, 1] pixels as the teacher takes them."""
-    mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
-    return (pixels - mean) / std
-
-
 def train_on_labels(
     model: nn.Module,
     data: Labelled,
@@ -310,7 +304,7 @@ def train_on_labels(
             if is_due(step, recipe.cutmix):
                 pixels, others, share = cut_and_mixed(pixels, labels)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = model(normalised(pixels, spec)).float()
+                logits = model(spec.normalised(pixels)).float()
                 loss = share * F.cross_entropy(logits, labels)
                 if share < 1:
                     loss = loss + (1 - share) * F.cross_entropy(logits, others)

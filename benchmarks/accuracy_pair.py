@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from accuracy_bench import Bench, date_and_commit, hash_of, say, write_whole
 from accuracy_data import Labelled
-from accuracy_models import ResNet, digest, given_teacher, normalised, parameters, train_on_labels, vit
+from accuracy_models import ResNet, digest, given_teacher, parameters, train_on_labels, vit
 from torch import Tensor, nn
 
 from vitkd_fast.checkpoint import load_into, read_state_dict
@@ -102,4 +102,4 @@ def predictions(model: nn.Module, data: Labelled, spec: ImageSpec) -> Tensor:
     model.eval()
     parts = (slice(start, start + 250) for start in range(0, len(data), 250))
     with torch.no_grad():
-        return torch.cat([model(normalised(data.pixels(part), spec)).argmax(-1) for part in parts])
+        return torch.cat([model(spec.normalised(data.pixels(part))).argmax(-1) for part in parts])

@@ -310,7 +310,7 @@ def test_a_given_teacher_is_loaded_strictly_with_its_own_normalisation(tmp_path)
     spec = image_spec(given, Config())
     assert spec.mean == (0.13,) and spec.std == (0.31,)
     pixels = torch.rand(4, 1, 8, 8)
-    assert torch.allclose(accuracy_models.normalised(pixels, spec), (pixels - 0.13) / 0.31)
+    assert torch.allclose(spec.normalised(pixels), (pixels - 0.13) / 0.31)
     (tmp_path / "other.json").write_text(json.dumps({**told, "depth": 2}))
     with pytest.raises(ValueError, match=r"missing: blocks\.1"):
         accuracy_models.given_teacher(tmp_path / "other.json")
@@ -346,7 +346,7 @@ def test_real_images_are_a_generator_inside_and_unknown_outside():
     spec = image_spec(small_vit(), Config())
     with accuracy_models.real_images(data, accuracy_models.Augmentation()) as name:
         made = GENERATORS[name](spec, GeneratorSettings()).sample(40)
-    known = accuracy_models.normalised(data.pixels(slice(None)), spec).flatten(1)
+    known = spec.normalised(data.pixels(slice(None))).flatten(1)
     assert torch.cdist(made.flatten(1), known).amin(1).max() < 1e-5
     assert SUPPLIED not in GENERATORS
 

@@ -20,13 +20,13 @@ from vitkd_fast.detection.matching import (
     SEEN,
     Wanted,
     assign,
-    corners,
     costs,
     iou,
     match,
     pairwise_giou,
     wanted_by,
 )
+from vitkd_fast.detection.objects import corners_of
 from vitkd_fast.objectives import View
 
 
@@ -99,7 +99,7 @@ def test_overlaps_are_torchvisions():
     giou = pairwise_giou(first, second)
     assert giou.shape == (3, 7, 5)
     for image in range(3):
-        one, other = corners(first[image]), corners(second[image])
+        one, other = corners_of(first[image]), corners_of(second[image])
         torch.testing.assert_close(giou[image], generalized_box_iou(one, other), atol=1e-5, rtol=0)
         torch.testing.assert_close(iou(first[image, :5], second[image]), box_iou(one[:5], other).diagonal())
 
@@ -137,7 +137,7 @@ def test_costs_follow_their_formula():
     classes = student.logits.softmax(-1)
     found = costs(classes, student.boxes, wanted)
     for image in range(2):
-        giou = generalized_box_iou(corners(student.boxes[image]), corners(wanted.boxes[image]))
+        giou = generalized_box_iou(corners_of(student.boxes[image]), corners_of(wanted.boxes[image]))
         for query in range(5):
             for thing in range(4):
                 alike = sum(float(classes[image, query, c] * wanted.classes[image, thing, c]) for c in range(3))

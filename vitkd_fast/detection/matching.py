@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import generalized_box_iou_loss
 
+from vitkd_fast.detection.objects import corners_of
 from vitkd_fast.objectives import View
 
 CLASS, L1, GIOU = 1.0, 5.0, 2.0  # what a wrong class, a distance of boxes and a lack of overlap cost (Carion et al.)
@@ -105,20 +106,15 @@ def assign(cost: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return queries_there, found_there.bool()
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """(…, 4) centres and sizes as left, top, right, bottom."""
-    return box_convert(boxes, "cxcywh", "xyxy")
-
-
 def pairwise_giou(first: Tensor, second: Tensor) -> Tensor:
     """(B, Q, M) generalised IoU (Rezatofighi et al. 2019) of (B, Q, 4) with (B, M, 4) boxes, in [-1, 1]."""
-    one, other = torch.broadcast_tensors(corners(first)[:, :, None], corners(second)[:, None])
+    one, other = torch.broadcast_tensors(corners_of(first)[:, :, None], corners_of(second)[:, None])
     return 1 - generalized_box_iou_loss(one, other)
 
 
 def iou(first: Tensor, second: Tensor) -> Tensor:
     """(…) IoU of (…, 4) boxes, each with its counterpart, in [0, 1]."""
-    one, other = corners(first), corners(second)
+    one, other = corners_of(first), corners_of(second)
     sides = (torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])).clamp_min(0)
     both = sides.prod(-1)
     return both / (first[..., 2:].prod(-1) + second[..., 2:].prod(-1) - both).clamp_min(1e-9)

@@ -31,7 +31,7 @@ class Objects:
     def corners(self, height: int, width: int) -> Tensor:
         """(n, 4) float32: left, top, right, bottom, in pixels of an image of that size."""
         boxes = self.boxes.float()
-        return _corners(boxes) * boxes.new_tensor([width, height, width, height])
+        return corners_of(boxes) * boxes.new_tensor([width, height, width, height])
 
     def checked(self, classes: int | None = None) -> "Objects":
         """Itself, if shapes, boxes, labels and scores are sound; it reads the tensors, so a GPU is waited for.
@@ -68,7 +68,7 @@ def no_objects() -> Objects:
 
 def clipped(objects: Objects) -> Objects:
     """The parts of the boxes that are inside the image; a box of which nothing is left is dropped."""
-    left, top, right, bottom = _corners(objects.boxes).clamp(0, 1).unbind(-1)
+    left, top, right, bottom = corners_of(objects.boxes).clamp(0, 1).unbind(-1)
     boxes = torch.stack([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], -1)
     # Boxes inside stay as they are, to the last bit.
     inside = ((objects.boxes[:, :2] - 0.5).abs() + objects.boxes[:, 2:] / 2 <= 0.5).all(-1, keepdim=True)
@@ -76,8 +76,9 @@ def clipped(objects: Objects) -> Objects:
     return Objects(boxes, objects.labels, objects.scores)[(boxes[:, 2:] > 0).all(-1)]
 
 
-def _corners(boxes: Tensor) -> Tensor:
-    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+def corners_of(boxes: Tensor) -> Tensor:
+    """(…, 4) centres and sizes as left, top, right, bottom."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from vitkd_fast.detection.matching import Matched, corners
+from vitkd_fast.detection.matching import Matched
+from vitkd_fast.detection.objects import corners_of
 
 BACKGROUND = 0.1  # what a query counts that should find nothing, where one that should find something counts 1
 
@@ -38,7 +39,7 @@ def boxes_loss(matched: Matched) -> Tensor:
 
 def giou_loss(matched: Matched) -> Tensor:
     """1 - generalised IoU (Rezatofighi et al. 2019) of each found box; a mean, weighed by the sureness."""
-    lost = generalized_box_iou_loss(corners(matched.of_queries(matched.boxes)), corners(matched.wanted.boxes))
+    lost = generalized_box_iou_loss(corners_of(matched.of_queries(matched.boxes)), corners_of(matched.wanted.boxes))
     return _mean(lost, matched)
 
 
