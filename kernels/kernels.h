@@ -52,6 +52,15 @@ struct KDLoss {
   void* teacher_grad;
 };
 
+// data *= factor * share, of both; a factor * share of 1 touches neither.
+struct Scale {
+  DType dtype;
+  void* data[2];  // contiguous, on 16 bytes
+  int64_t count[2];
+  const float* factor;
+  double share;
+};
+
 namespace cpu {
 
 // Calls body(begin, end, context) on pieces of [0, count), on the caller's threads.
@@ -69,6 +78,7 @@ namespace cuda {
 const char* attention(const Attention&, void* stream);
 const char* attention_backward(const AttentionBackward&, void* stream);
 const char* kd_loss(const KDLoss&, void* stream);
+const char* scale(const Scale&, void* stream);
 
 }  // namespace cuda
 

@@ -216,3 +216,15 @@ def test_no_rows_and_unsupported_dtype(cuda):
     student, teacher = logits(2, 10, torch.float64)
     with pytest.raises(ValueError, match="unsupported dtype"):
         cuda.kd_loss(student, teacher, 0, 1.0, True, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("factor", "share"), [(1.0, 1.0), (0.3, 1.0), (2.0, 0.5), (65536.0, 1 / 7), (math.nan, 1.0)])
+@pytest.mark.parametrize("counts", [(3, 5), (0, 1000), (4099, 0), (8, 600_001)], ids=str)
+def test_scale(cuda, counts, factor, share, dtype):
+    """Whatever the factor is, each element is multiplied once; elements beyond the last whole vector too."""
+    both = [torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype) for count in counts]
+    scaled = cuda.scale(*both, torch.tensor(factor), share)
+    for before, after in zip(both, scaled, strict=True):
+        expected = (before.float() * (torch.tensor(factor) * torch.tensor(share, dtype=torch.float32))).to(dtype)
+        torch.testing.assert_close(after, expected, rtol=0, atol=0, equal_nan=True)

@@ -356,12 +356,21 @@ def test_weight_scales_the_gradients_alone(op, kind):
         assert torch.equal(grad, 0.25 * expected)
 
 
+def test_scale_is_one_multiplication_in_place():
+    first, second = torch.randn(3, 5), torch.randn(2, dtype=torch.float32)
+    expected = first * 0.75, second * 0.75
+    torch.ops.vitkd.scale_(first, second, torch.tensor(1.5), 0.5)
+    assert torch.equal(first, expected[0])
+    assert torch.equal(second, expected[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("upstream", [1.0, 0.3, -2.0])
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
-def test_gradients_of_the_public_function(reduction, upstream, dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_of_the_public_function(device, reduction, upstream, dtype):
     """Twice through the same graph: a gradient handed out the first time must not be changed by what becomes of it."""
-    student, teacher = (tensor.requires_grad_() for tensor in draw(65, 100, dtype))
+    student, teacher = (tensor.requires_grad_() for tensor in draw(65, 100, dtype, device))
     loss = kd_loss(student, teacher, kind="js", temperature=2.0, reduction=reduction).sum() * upstream
     double = [tensor.detach().double() for tensor in (student, teacher)]
     share = upstream / (65 if reduction == "batchmean" else 1)

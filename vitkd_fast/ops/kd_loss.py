@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import Below, define, differentiate, is_plain
+from vitkd_fast.ops._library import LIBRARY, Below, define, differentiate, is_plain
 
 Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
 Reduction = Literal["batchmean", "none"]
@@ -102,6 +102,16 @@ define(
 )
 
 
+def _scale_formula(first: Tensor, second: Tensor, factor: Tensor, share: float) -> None:
+    for grad in (first, second):
+        grad.copy_(grad.to(factor.dtype) * (factor * share))
+
+
+# No op of the public kind: in place, and called by `_Loss` alone.
+LIBRARY.define("scale_(Tensor(a!) first, Tensor(b!) second, Tensor factor, float share) -> ()")
+LIBRARY.impl("scale_", _scale_formula, "CompositeExplicitAutograd")
+
+
 def _setup_context(ctx, inputs, output):
     _, student_grad, teacher_grad = output
     ctx.weight = inputs[6]
@@ -146,8 +156,8 @@ def _backward(ops, ctx, grad_rows, *_):
 class _Loss(torch.autograd.Function):
     """Rows or their mean as one node for eager mode: nothing between torch and the kernels that has not to be.
 
-    A mean's 1 / B is in the gradients from the start: where looking costs nothing and the upstream gradient is 1,
-    backward hands them out as they are, and no second pass over them is needed.
+    A mean's 1 / B is in the gradients from the start: where the upstream gradient is 1, backward hands them out as they
+    are, and no second pass over them is needed. On the CPU looking costs nothing; on a GPU the kernel looks.
     """
 
     @staticmethod
@@ -169,7 +179,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         factor = grad if ctx.mean else grad.unsqueeze(1)
-        if ctx.rest != 1:
+        if ctx.mean and grad.is_cuda and not _asked_again():
+            with Below():
+                torch.ops.vitkd.scale_(*ctx.saved_tensors, grad, ctx.rest)
+            factor = None
+        elif ctx.rest != 1:
             factor = factor * ctx.rest
         elif ctx.mean and _is_one(grad):
             factor = None
@@ -183,6 +197,11 @@ def _ops(logits: Tensor):
             if most is None or logits.shape[1] <= most:
                 return torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
     return torch.ops.vitkd
+
+
+def _asked_again() -> bool:
+    """Whether the graph outlives this backward, whose saved gradients must then stay as they are."""
+    return torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _is_one(grad: Tensor) -> bool:

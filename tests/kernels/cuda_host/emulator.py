@@ -83,6 +83,11 @@ class Emulator:
         grads = [((rows, classes) if wanted else (0,), student.dtype) for wanted in (student_grad, teacher_grad)]
         return self._ask("kd_loss", words, [student, teacher], [((rows,), torch.float32), *grads], out_offset)
 
+    def scale(self, first: Tensor, second: Tensor, factor: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        words = [_dtype(first), share, first.numel(), second.numel()]
+        outputs = [(each.shape, each.dtype) for each in (first, second)]
+        return self._ask("scale", words, [first, second, factor], outputs, 0)
+
     def _ask(self, operation: str, words: list, inputs: list[Tensor], outputs: list[tuple], out_offset: int) -> tuple:
         """Outputs start `out_offset` elements into their buffers, to take 16-byte alignment away."""
         if self._process is None:

@@ -1,5 +1,6 @@
 // Answers requests on stdin with the kernels run by the emulator: a line of words, then the inputs' bytes. Every buffer
 // is a heap block of exactly its size, so that AddressSanitizer sees a step outside, and outputs start as NaN bits.
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <string>
@@ -101,6 +102,23 @@ void kd_loss() {
   reply(vitkd::cuda::kd_loss(p, nullptr), {&loss, &student_grad, &teacher_grad});
 }
 
+void scale() {
+  vitkd::Scale p{};
+  p.dtype = static_cast<vitkd::DType>(word<int>());
+  p.share = word<double>();
+  for (auto& count : p.count) count = word<int64_t>();
+  Buffer from[2] = {announced(), announced()}, factor = announced(), to[2] = {announced(), announced()};
+  end_of_line();
+  for (Buffer& each : from) receive(each);
+  receive(factor);
+  for (int i = 0; i < 2; ++i) {
+    std::copy_n(static_cast<const char*>(from[i].data()), from[i].size, static_cast<char*>(to[i].data()));
+    p.data[i] = to[i].data();
+  }
+  p.factor = static_cast<const float*>(factor.data());
+  reply(vitkd::cuda::scale(p, nullptr), {&to[0], &to[1]});
+}
+
 }  // namespace
 
 int main() {
@@ -114,6 +132,7 @@ int main() {
     if (operation == "attention") attention();
     else if (operation == "attention_backward") attention_backward();
     else if (operation == "kd_loss") kd_loss();
+    else if (operation == "scale") scale();
     else simt::fail("unknown request");
   }
 }
