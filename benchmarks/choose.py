@@ -2,7 +2,8 @@
 
     python benchmarks/choose.py RECORD.json... [--table FILE] [--out FILE]
 
-Records of attention.py, sweep.py and kd_loss.py with --device cuda. For each GPU, dtype (16 or 32 bits) and head_dim
+Records of attention.py, sweep.py and kd_loss.py with --device cuda; of kd_loss.py those without --graph, since in
+training it waits for the host, whose time graphs leave out. For each GPU, dtype (16 or 32 bits) and head_dim
 the measured sizes are sorted; the fastest of "native", "triton" and, for attention, "sdpa" (what torch takes by itself)
 wins each by its median of forward with backward, and two neighbours that differ are parted midway. Beyond the largest
 measured size nothing is known: a kernel of ours that won there keeps what the default gives it, torch takes the rest;
@@ -81,7 +82,8 @@ def sizes_of(records: list[dict], benchmarks: tuple[str, ...]) -> dict[tuple[str
     """(dtype class, head_dim) -> size -> the winner. Of a case in several records the last record counts."""
     cases: dict[str, dict[str, float]] = {}
     for record in records:
-        if record["benchmark"] in benchmarks:
+        by_device_alone = record["benchmark"] == "kd_loss" and record["arguments"]["graph"]
+        if record["benchmark"] in benchmarks and not by_device_alone:
             here: dict[str, dict[str, float]] = defaultdict(dict)
             for row in record["rows"]:
                 counts = row["contender"] in NAMES and row["direction"] == "forward+backward"

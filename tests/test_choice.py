@@ -258,6 +258,7 @@ def record(benchmark="attention", date="2026-01-01", gpu="NVIDIA Test", tiles=()
         "date": date,
         "commit": "c0ffee",
         "machine": machine,
+        "arguments": {"graph": False},
         "rows": rows,
         "tiles": list(tiles),
     }
@@ -322,6 +323,12 @@ class TestChoosePy:
         again = record(date="2026-01-02", **{"bfloat16 64,6,50,64": times(1, 2, 3)})
         (entry,) = choose_py().choose([again, *RECORDS], {"gpus": []})["gpus"]
         assert entry["attention"]["16-bit"]["64"] == [[488, "native"], [None, "sdpa"]]
+
+    def test_kd_loss_is_chosen_with_the_hosts_time(self):
+        graph = record("kd_loss", date="2026-01-02", **{"bfloat16 kl 256x10": {"vitkd native": 1, "vitkd triton": 2}})
+        graph["arguments"]["graph"] = True
+        (entry,) = choose_py().choose([*RECORDS, graph], {"gpus": []})["gpus"]
+        assert entry["kd_loss"] == {"16-bit": [[505, "triton"], [None, "native"]]}
 
     def test_other_gpus_keep_their_entry_and_this_one_loses_its_old(self):
         other = {
