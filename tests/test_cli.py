@@ -44,14 +44,25 @@ def test_help_shows_the_methods_own_defaults(capsys, choice):
     text = words_of(output_of(capsys, "distill", *choice, "--help", code=0).out)
     config = Config(method="dafl")
     listed = text.partition("--method {")[2].partition("}")[0]
-    assert listed.replace(" ", "").split(",") == list(METHODS)
-    assert "what each is. (default: dafl)" in text
+    assert listed.replace(" ", "").split(",") == list({**METHODS, **DETECTION_METHODS})
+    assert "of which task. (default: dafl)" in text
     assert f"--student-steps INT Steps of the student in each round. (default: {config.student_steps})" in text
     weights = " ".join(f"{name}={weight:g}" for name, weight in config.generator_objectives.items())
     assert f"0 turns one off. (default: {weights})" in text
     plain = words_of(output_of(capsys, "distill", "--help", code=0).out)
     assert f"--student-steps INT Steps of the student in each round. (default: {Config().student_steps})" in plain
     assert "None" not in plain.partition("--generator STR")[2].partition("--optimizer")[0]
+
+
+@pytest.mark.parametrize("module", ["vitkd_fast.demo", "vitkd_fast.detection.demo"])
+def test_demo_hands_on_what_is_said(monkeypatch, module):
+    given = {}
+    monkeypatch.setattr(importlib.import_module(module), "demo", lambda **options: given.update(options))
+    task = ["--detection"] if "detection" in module else []
+    cli.main(["demo", *task, "--no-progress", "--seed", "3"])
+    assert given == {"seed": 3, "json": None, "out": None, "progress": False}
+    cli.main(["demo", *task, "--steps", "7"])
+    assert (given["progress"], given["steps"]) == (True, 7)
 
 
 def test_flags_are_the_fields_of_a_config(monkeypatch):

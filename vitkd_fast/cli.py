@@ -47,8 +47,8 @@ Weights = Annotated[
 class Settings(Config):
     """`Config` as words on a command line."""
 
-    method: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(METHODS)}}}")] = "best"
-    """Which method decides what follows, where it is not given; `vitkd methods` says what each is."""
+    method: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join({**METHODS, **DETECTION_METHODS})}}}")] = "best"
+    """Which method decides what follows, where it is not given; `vitkd methods` says what each is, and of which task."""
     generator_objectives: Weights = OF_METHOD
     """Weights of what the generator minimises, beside the method's or in place of them; 0 turns one off."""
     student_objectives: Weights = OF_METHOD
@@ -84,6 +84,7 @@ def demo(
     json: Path | None = None,
     out: Path | None = None,
     detection: bool = False,
+    progress: bool = True,
 ) -> None:
     """Train a small ViT on real handwritten digits, drop the digits, and distil a ViT a sixth its size from it.
 
@@ -93,8 +94,10 @@ def demo(
         json: File for the figures.
         out: Run folder of the distillation; a finished one in it is replaced.
         detection: Detect digits in scenes of several, with a YOLOS and one a third its size.
+        progress: Say what is happening, and the figures at the end; --json has them too.
     """
-    given: dict[str, Any] = {"seed": seed, "json": json, "out": out} | ({} if steps is None else {"steps": steps})
+    given: dict[str, Any] = {"seed": seed, "json": json, "out": out, "progress": progress}
+    given |= {} if steps is None else {"steps": steps}
     if detection:
         from vitkd_fast.detection import demo as detecting
 
