@@ -48,7 +48,7 @@ class Settings(Config):
     """`Config` as words on a command line."""
 
     method: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join({**METHODS, **DETECTION_METHODS})}}}")] = "best"
-    """Which method decides what follows, where it is not given; `vitkd methods` says what each is, and of which task."""
+    """Which method decides what follows, where it is not given; `vitkd methods` says what each is, of which task."""
     generator_objectives: Weights = OF_METHOD
     """Weights of what the generator minimises, beside the method's or in place of them; 0 turns one off."""
     student_objectives: Weights = OF_METHOD
