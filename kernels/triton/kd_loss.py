@@ -295,7 +295,8 @@ def kd_loss(
     with torch.cuda.device_of(student):
         kernel[(batch,)](
             student, teacher, rows, grad_student, grad_teacher, *units, temperature, weight, KIND=kind,
-            STUDENT_GRAD=student_grad, TEACHER_GRAD=teacher_grad, BLOCK=block, UNIT=unit, num_warps=_warps(block),
+            STUDENT_GRAD=student_grad, TEACHER_GRAD=teacher_grad, BLOCK=block, UNIT=unit,
+            **_options(student.dtype, block),
         )  # fmt: skip
     return rows, *grads
 
@@ -310,10 +311,17 @@ def _plan(kind: int, classes: int) -> tuple[triton.JITFunction, int]:
     return _softmax_kernel, block
 
 
-def _warps(block: int) -> int:
-    """32 classes of each side per lane, so that 1024 need no barrier, of which each reduction of a row would cost two.
+def _options(dtype: torch.dtype, block: int) -> dict[str, int | bool]:
+    """How a kernel is compiled.
 
-    A lane then holds 96 values of a row for kl and 128 for js, in 149 and 160 registers: 12 rows of 4 KB are under way
+    32 classes of each side per lane, so that 1024 need no barrier, of which each reduction of a row would cost two. A
+    lane then holds 96 values of a row for kl and 128 for js, in 149 and 160 registers: 12 rows of 4 KB are under way
     on an SM, where an H200 needs 13 KB (2.4 TB/s of reads, 0.7 µs, 132 SMs).
+
+    Which products and sums become one multiply-add, the compiler decides by all that is computed, so that a float32
+    loss had other last bits where a gradient was wanted beside it (seen on an H200). It has the time to do without,
+    and beyond 2048 classes not the registers, of which 16 classes a lane need fewer.
     """
-    return max(1, block // 1024)
+    fused = dtype is not torch.float32
+    per_warp = 1024 if fused or block <= 2048 else 512
+    return {"num_warps": max(1, block // per_warp), "enable_fp_fusion": fused}
