@@ -179,13 +179,15 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         factor = grad if ctx.mean else grad.unsqueeze(1)
-        if ctx.mean and grad.is_cuda and not _asked_again():
+        # a real number, and nobody records the ops that work with it
+        visible = ctx.mean and is_plain(grad) and not torch._C._len_torch_dispatch_stack()
+        if visible and grad.is_cuda and not _asked_again():
             with Below():
                 torch.ops.vitkd.scale_(*ctx.saved_tensors, grad, ctx.rest)
             factor = None
         elif ctx.rest != 1:
             factor = factor * ctx.rest
-        elif ctx.mean and _is_one(grad):
+        elif visible and grad.is_cpu and grad.item() == 1:
             factor = None
         return *_scaled(ctx, factor), None, None, None, None
 
@@ -202,11 +204,6 @@ def _ops(logits: Tensor):
 def _asked_again() -> bool:
     """Whether the graph outlives this backward, whose saved gradients must then stay as they are."""
     return torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def _is_one(grad: Tensor) -> bool:
-    """Looks only where looking costs nothing: on the CPU, and at a real tensor whose ops nobody records."""
-    return grad.is_cpu and is_plain(grad) and not torch._C._len_torch_dispatch_stack() and grad.item() == 1
 
 
 differentiate("kd_loss", _backward, _setup_context)
