@@ -122,7 +122,7 @@ if broken and $REHEARSE == 0:
 gpu_tests() {
   local files workers=()
   mapfile -t files < <(grep -rl --include "test_*.py" "mark\.gpu" tests)  # what others import may not be here
-  # Most of the time goes into compiling Triton kernels, on the CPU. Verbose: a run stopped at its limit names what failed.
+  # Most of the time goes into compiling Triton kernels, on the CPU. A run stopped at its limit names what failed (-v).
   if "$PYTHON" -c "import xdist" 2> /dev/null; then workers=(-n 10); fi
   "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider --junitxml="$OUT/gpu_tests.xml" "${workers[@]}" "${files[@]}" || return
   "$PYTHON" - "$OUT/gpu_tests.xml" "$REHEARSE" << 'END'

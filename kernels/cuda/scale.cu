@@ -13,7 +13,8 @@ constexpr int64_t kBlocks = 2048;  // at most; each then goes on
 
 template <class T>
 __device__ void scale_one(T* data, int64_t count, float factor) {
-  const int64_t first = int64_t{blockIdx.x} * kThreads + static_cast<int>(threadIdx.x), step = int64_t{gridDim.x} * kThreads;
+  const int64_t first = int64_t{blockIdx.x} * kThreads + static_cast<int>(threadIdx.x);
+  const int64_t step = int64_t{gridDim.x} * kThreads;
   const int64_t vectors = count / kVector<T>;
   auto* whole = reinterpret_cast<Vector<T>*>(data);
   for (int64_t i = first; i < vectors; i += step) {
