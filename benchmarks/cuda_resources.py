@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "_build"))
 from native import nvcc_codes  # noqa: E402
 
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
-KERNEL = re.compile(r"\d([a-z_]+)_kernelI(?:f|\w*?\d(bfloat16|float16)E)((?:Li\d+E)+)E")  # mangled; f: float
+KERNEL = re.compile(r"\d([a-z_]+)_kernelI(?:f|\w*?\d(bfloat16|float16)E)((?:Li\d+E)*)E")  # mangled; f: float
 
 
 def find_nvcc() -> str | None:
@@ -103,6 +103,7 @@ def _shared_memory(rows: list[dict], folder: Path) -> dict[tuple, int]:
             "kd_loss": f"shared_bytes({numbers[0]})",
             "kd_loss_long": f"shared_bytes({numbers[0]})",
             "kd_difference": f"shared_bytes({numbers[0]})",
+            "scale": "0",
         }[kernel]
         lines.append(f'std::printf("%zu\\n", size_t({size}));')
     sources = "attention_head", "attention_hopper", "attention_streamed", "kd_loss"

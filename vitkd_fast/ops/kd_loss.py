@@ -187,7 +187,7 @@ class _Loss(torch.autograd.Function):
             factor = None
         elif ctx.rest != 1:
             factor = factor * ctx.rest
-        elif visible and grad.is_cpu and grad.item() == 1:
+        elif visible and _is_one(grad):
             factor = None
         return *_scaled(ctx, factor), None, None, None, None
 
@@ -204,6 +204,11 @@ def _ops(logits: Tensor):
 def _asked_again() -> bool:
     """Whether the graph outlives this backward, whose saved gradients must then stay as they are."""
     return torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Looks only where looking costs nothing: on the CPU."""
+    return grad.is_cpu and grad.item() == 1
 
 
 differentiate("kd_loss", _backward, _setup_context)
