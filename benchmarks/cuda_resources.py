@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "_build"))
 from native import nvcc_codes  # noqa: E402
 
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
-KERNEL = re.compile(r"\d([a-z_]+)_kernelI(?:f|\w*?\d(bfloat16|float16)E)((?:Li\d+E)*)E")  # mangled; f: float
+KERNEL = re.compile(r"\d([a-z_]+)_kernelI(?:f|\w*?\d(bfloat16|float16)E)((?:Li\d+E)+)E")  # mangled; f: float
 
 
 def find_nvcc() -> str | None:

@@ -26,8 +26,8 @@ __device__ void scale_one(T* data, int64_t count, float factor) {
   for (int64_t i = vectors * kVector<T> + first; i < count; i += step) from_float(data[i], to_float(data[i]) * factor);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) scale_kernel(const Scale p) {
+template <class T, int kBlock>
+__global__ void __launch_bounds__(kBlock) scale_kernel(const Scale p) {
   const float factor = *p.factor * static_cast<float>(p.share);
   if (factor == 1) return;
   scale_one(static_cast<T*>(p.data[0]), p.count[0], factor);
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const Scale p) {
 template <class T>
 const char* queue(const Scale& p, void* stream) {
   const int64_t vectors = std::max(p.count[0], p.count[1]) / kVector<T> + 1;
-  return launch(scale_kernel<T>, std::min(kBlocks, (vectors + kThreads - 1) / kThreads), kThreads, 0, stream, p);
+  const int64_t blocks = std::min(kBlocks, (vectors + kThreads - 1) / kThreads);
+  return launch(scale_kernel<T, kThreads>, blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace

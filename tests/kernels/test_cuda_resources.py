@@ -43,7 +43,7 @@ def compiled(tmp_path_factory):
 def expected():
     """Kernel, dtype and template arguments of all kernels."""
     for dtype in DTYPES:
-        yield "scale", dtype, ""
+        yield "scale", dtype, "256"
         run = 4 if dtype == "float32" else 8
         for width in (32, 64, 96, 128) if dtype == "float32" else (16, 32, 48, 64, 80, 96, 128):
             yield "attention_forward", dtype, f"{width}"
