@@ -300,7 +300,45 @@ def test_no_network_runs_more_often_than_the_method_needs():
         assert tuple(calls.values()) == counts, method
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+def test_of_several_candidates_the_pool_gets_those_in_which_the_teacher_finds_most(balanced):
+    drawn = []
+
+    class Known(nn.Module):
+        """Surer of brighter images; class 3 of the brightest."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([0.0, 0.0, 1.0, 2.0]))
+            self.pretrained_cfg = {"input_size": (1, SIZE, SIZE), "mean": (0.0,), "std": (1.0,)}
+
+        def forward(self, images):
+            return images.mean((1, 2, 3))[:, None] * self.scale
+
+    class Kept(GENERATORS["procedural"]):
+        def forward(self, noise, labels=None):
+            drawn.append(super().forward(noise))
+            return drawn[-1]
+
+    GENERATORS["kept"] = Kept
+    try:
+        made = make(Known(), tiny_student(), method="best", generator="kept", candidates=3, balanced=balanced)
+        made.round(0.0)
+    finally:
+        del GENERATORS["kept"]
+    assert [len(batch) for batch in drawn] == [8, 8, 8] and made.pool.count == 8
+    brightness = torch.cat(drawn).mean((1, 2, 3)).sort(descending=True).values
+    kept = made.pool.bytes[:8].float().div(255).mean((1, 2, 3)).sort(descending=True).values
+    torch.testing.assert_close(kept, brightness[:8], atol=1e-2, rtol=0)
+    assert (made.pool.classes[:8] == 3).all() == balanced
+
+
 def test_contradicting_settings_are_refused():
+    for settings in ({"images": "fresh", "replay": 0.0}, {"generator": "convolutional"}):
+        objectives = {"balance": 1.0} if "generator" in settings else {}
+        options = {"balanced": False, "generator_objectives": objectives, **settings}
+        with pytest.raises(ValueError, match="candidates is 2; several are drawn for one where"):
+            make(tiny_teacher(), tiny_student(), method="best", candidates=2, **options)
     with pytest.raises(ValueError, match="balanced is True, which goes with images='pool'; images is 'fresh'"):
         make(tiny_teacher(), tiny_student(), method="dfad", balanced=True)
     with pytest.raises(ValueError, match="'procedural' has nothing to learn, so generator_objectives balance would do"):

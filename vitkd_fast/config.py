@@ -77,6 +77,8 @@ class Config:
     """Share of the student's steps on replayed batches, where images are fresh."""
     pool: int = OF_METHOD
     """Images kept for replay, on the device, as bytes."""
+    candidates: int = OF_METHOD
+    """Images drawn for each one that comes into the pool: the one in which the teacher finds most."""
     balanced: bool = OF_METHOD
     """Draw from the pool as many images of each of the teacher's classes, as far as it has them."""
     shift: float = OF_METHOD
@@ -181,7 +183,7 @@ def _numbers(value: Any) -> bool:
 
 _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "steps batch_size generators generator_steps student_steps latent width pool log_every",
+        "steps batch_size generators generator_steps student_steps latent width pool candidates log_every",
         lambda value: _integer(value) and value >= 1,
         "an integer of at least 1",
     ),

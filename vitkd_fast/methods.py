@@ -35,6 +35,7 @@ BASE: dict[str, Any] = {
     "images": "fresh",
     "replay": 0.0,
     "pool": 8192,
+    "candidates": 1,
     "balanced": False,
     "shift": 0.125,
     "turn": 0.0,

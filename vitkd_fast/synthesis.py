@@ -65,10 +65,23 @@ class Synthesis:
         improved = None if self.learner is None else self._improve(self.learner, progress)
         if self.config.images == "pool":
             with torch.no_grad(), self.autocast():
-                images = self._images(*(improved or self._draw()))
-                balanced = self.config.balanced
-                classes = self.pair.look(self.pair.teacher, images).logits.argmax(-1) if balanced else None
-            self.pool.add(images, classes)
+                self.pool.add(*self._chosen(improved))
+
+    def _chosen(self, improved: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
+        """A batch for the pool, and its classes if they matter; of several drawn, the images in which the teacher finds
+        most."""
+        config, pair = self.config, self.pair
+        batches = [self._images(*(improved or self._draw())) for _ in range(config.candidates)]
+        images, classes = torch.cat(batches), None
+        if config.candidates == 1 and not config.balanced:
+            return images, classes
+        seen = [pair.look(pair.teacher, batch) for batch in batches]  # one by one: no more memory than a student's step
+        if config.balanced:
+            classes = torch.cat([view.logits.argmax(-1) for view in seen])
+        if config.candidates > 1:
+            best = torch.cat([pair.task.found(view) for view in seen]).topk(config.batch_size).indices
+            images, classes = images[best], None if classes is None else classes[best]
+        return images, classes
 
     def _improve(self, learner: GuardedOptimizer, progress: float) -> tuple[Tensor, Tensor | None]:
         """Images on which the networks say what the objectives want; noise and labels of the last of them."""
@@ -200,6 +213,11 @@ def _check(config: Config) -> None:
         raise ValueError(f"balanced is True, which goes with images='pool'; images is {config.images!r}.")
     if config.balanced and config.task == "detection":
         raise ValueError("balanced is True, which is for classifiers: an image with objects is not of one class.")
+    if config.candidates > 1 and (config.images != "pool" or any(config.generator_objectives.values())):
+        raise ValueError(
+            f"candidates is {config.candidates}; several are drawn for one where images='pool' and the generator does "
+            f"not learn."
+        )
     if config.generators > 1 and (config.restart != "never" or config.life or config.learn_latent):
         raise ValueError(
             f"generators is {config.generators}; several take turns only where they go on learning: with "

@@ -40,6 +40,10 @@ class Classification:
             raise ValueError(f"gives {given} for two images; accepted: logits of shape (batch, classes).")
         return logits.shape[1]
 
+    def found(self, seen: View) -> Tensor:
+        """(B,) how much a model finds in each image: how sure it is of its class."""
+        return seen.logits.float().softmax(-1).amax(-1)
+
     def outputs(self, classes: int) -> tuple[int, ...]:
         """Widths of layers that give what the model is for."""
         return (classes,)

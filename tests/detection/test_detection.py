@@ -229,6 +229,16 @@ def test_a_teacher_and_a_student_of_ones_own_are_distilled_without_tokens(own):
     assert finite(result.history)
 
 
+def test_patches_of_the_student_learn_what_a_teacher_without_tokens_finds_there(own):
+    torch.manual_seed(0)
+    longer = {**QUICK, "steps": 60, "batch_size": 8, "log_every": 20, "student_objectives": {"covered": 1.0}}
+    result = distill(Own(), student(), **longer)
+    assert result.history[-1]["covered"] < result.history[0]["covered"] - 0.05
+    assert "classify.weight" not in result.student.state_dict()
+    result = distill(Own(), Own(), **{**longer, "steps": 2})
+    assert "covered is off: the student has no (B, N, D) tokens of patches in its output, or not on a grid" in result.report.notes
+
+
 @pytest.mark.parametrize("queries", [2, 9])
 def test_a_student_may_have_fewer_or_more_queries(queries):
     result = distill(teacher(), student(queries=queries), evaluate=real(8), **QUICK)

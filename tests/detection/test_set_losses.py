@@ -11,7 +11,7 @@ pytest.importorskip("scipy")
 
 from vitkd_fast.detection import objectives
 from vitkd_fast.detection.matching import Matched, Wanted, match, wanted_by
-from vitkd_fast.detection.set_losses import BACKGROUND, boxes_loss, classes_loss, giou_loss
+from vitkd_fast.detection.set_losses import BACKGROUND, boxes_loss, classes_loss, covering, covering_loss, giou_loss
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, View
 
 LOSSES = (classes_loss, boxes_loss, giou_loss)
@@ -239,3 +239,43 @@ def test_objects_is_least_where_the_teacher_finds_what_is_asked():
     term(scene(None, random_view(3, 6, 4, seed=0)))
     sees = View((term.asked.classes + 1e-9).log(), boxes=term.asked.boxes)
     assert term(scene(None, sees)).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_patch_shows_the_surest_object_that_covers_its_middle():
+    classes = torch.tensor([[[0.5, 0.2, 0.3], [0.0, 0.9, 0.1], [0.0, 0.0, 1.0]]])
+    boxes = torch.tensor([[[0.5, 0.25, 0.6, 0.5], [0.75, 0.5, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0]]])
+    shown = covering(Wanted(classes, boxes), (4, 4)).unflatten(1, (4, 4))[0]
+    for row in range(4):
+        for column in range(4):
+            expected = 1 if column > 1 else 0 if column == 1 and row < 2 else 2
+            assert torch.equal(shown[row, column], classes[0, expected]), (row, column)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_covering_follows_its_description(seed):
+    wanted, (rows, columns) = wanted_by(random_view(3, 5, 4, seed), 5), (3, 7)
+    shown = covering(wanted, (rows, columns))
+    for image, patches in enumerate(shown):
+        for patch, answer in enumerate(patches):
+            x, y = (patch % columns + 0.5) / columns, (patch // columns + 0.5) / rows
+            over = [
+                thing
+                for thing, (cx, cy, width, height) in enumerate(wanted.boxes[image].tolist())
+                if (abs(x - cx) < width / 2 and abs(y - cy) < height / 2)
+                or (int(cx * columns), int(cy * rows)) == (patch % columns, patch // columns)
+            ]
+            surest = max(over, key=wanted.sureness[image].tolist().__getitem__, default=None)
+            expected = torch.eye(5)[4] if surest is None else wanted.classes[image, surest]
+            assert torch.equal(answer, expected), (image, patch)
+
+
+def test_a_box_between_the_middles_has_the_patch_it_is_in():
+    small = Wanted(torch.tensor([[[0.9, 0.1]]]), torch.tensor([[[0.5, 1.0, 0.01, 0.01]]]))
+    assert covering(small, (4, 4))[0, :, 0].nonzero().tolist() == [[14]]
+
+
+def test_patches_that_know_what_covers_them_lose_its_entropy_alone():
+    shown = covering(wanted_by(random_view(2, 3, 4, 0), 3), (2, 2))
+    entropy = -torch.xlogy(shown, shown).sum(-1).mean()
+    assert covering_loss(shown.clamp_min(1e-30).log(), shown).item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert covering_loss(torch.zeros(2, 4, 5), shown).item() == pytest.approx(math.log(5), rel=1e-5)

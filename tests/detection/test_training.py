@@ -6,7 +6,7 @@ import torch
 from vitkd_fast.detection.matching import match
 from vitkd_fast.detection.objects import Objects, no_objects
 from vitkd_fast.detection.set_losses import boxes_loss, classes_loss
-from vitkd_fast.detection.training import covering, real, small_yolos, train
+from vitkd_fast.detection.training import real, small_yolos, train
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.objectives import View
 
@@ -49,14 +49,3 @@ def test_real_objects_are_wanted_with_certainty_and_missing_ones_are_nothing():
     assert wanted.sureness.tolist() == [[1.0], [0.0]]
     assert wanted.classes[0, 0].argmax() == 3
     assert real([no_objects()], 10).sureness.tolist() == [[0.0]]
-
-
-def test_patches_learn_what_covers_their_middle():
-    labels = covering([ONE, no_objects()], 10, (4, 4))
-    assert (labels[0] == 3).nonzero().tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
-    assert (labels[1] == 10).all()
-
-
-def test_a_box_between_the_middles_has_the_patch_it_is_in():
-    small = Objects(torch.tensor([[0.5, 1.0, 0.01, 0.01]]), torch.tensor([2]))
-    assert (covering([small], 10, (4, 4))[0] == 2).nonzero().tolist() == [[3, 2]]

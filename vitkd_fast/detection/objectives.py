@@ -39,6 +39,27 @@ def overlap(scene: Scene) -> Tensor:
     return set_losses.giou_loss(matched(scene))
 
 
+@student_objective("boxes")
+class covered(nn.Module):
+    """Cross-entropy, by a learned layer, of what each patch of the student shows with what the teacher finds there.
+
+    Ours: a small YOLOS that learns from its queries alone needs many times as long to find anything.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        layout = pair.layouts["student"]
+        self.grid = layout.grid if layout else None
+        self.off = None if self.grid else f"the student has no {pair.task.tokens}, or not on a grid"
+        if pair.student_tokens is not None:
+            self.classify = nn.Linear(pair.student_tokens[-1], pair.classes + 1)
+
+    def forward(self, scene: Scene) -> Tensor:
+        assert scene.student is not None and scene.student.tokens is not None and self.grid is not None
+        shown = set_losses.covering(matched(scene).wanted, self.grid)
+        return set_losses.covering_loss(self.classify(scene.student.tokens), shown)
+
+
 @generator_objective("boxes", "student")
 def unlike(scene: Scene) -> Tensor:
     """Minus the student's distance from the teacher, of classes and boxes with DETR's weights."""

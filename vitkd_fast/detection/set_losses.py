@@ -1,10 +1,11 @@
 """How far a set of predictions is from what is wanted, once each wanted object has a query (Carion et al. 2020)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from vitkd_fast.detection.matching import Matched
+from vitkd_fast.detection.matching import Matched, Wanted
 from vitkd_fast.detection.objects import corners_of
 
 BACKGROUND = 0.1  # what a query counts that should find nothing, where one that should find something counts 1
@@ -41,6 +42,31 @@ def giou_loss(matched: Matched) -> Tensor:
     """1 - generalised IoU (Rezatofighi et al. 2019) of each found box; a mean, weighed by the sureness."""
     lost = generalized_box_iou_loss(corners_of(matched.of_queries(matched.boxes)), corners_of(matched.wanted.boxes))
     return _mean(lost, matched)
+
+
+def covering(wanted: Wanted, grid: tuple[int, int]) -> Tensor:
+    """(B, patches, classes + 1) what is at each patch of a grid of rows and columns: the classes of the surest object
+    whose box reaches the patch's middle, "nothing" where there is none.
+
+    A box between two middles has the patch in which its own middle is.
+    """
+    rows, columns = grid
+    x, y, width, height = wanted.boxes[..., None].unbind(-2)  # (B, M, 1)
+    device = wanted.boxes.device
+    down, across = ((torch.arange(count, device=device) + 0.5) / count for count in grid)
+    own_row = torch.arange(rows, device=device) == (y * rows).long().clamp(0, rows - 1)
+    own_column = torch.arange(columns, device=device) == (x * columns).long().clamp(0, columns - 1)
+    inside = ((down - y).abs() < height / 2)[..., None] & ((across - x).abs() < width / 2)[..., None, :]
+    inside |= own_row[..., None] & own_column[..., None, :]
+    sureness = (wanted.sureness[..., None] * inside.flatten(2)).max(1)  # (B, patches)
+    there = wanted.classes.gather(1, sureness.indices[..., None].expand(-1, -1, wanted.classes.shape[-1]))
+    nothing = F.one_hot(torch.tensor(there.shape[-1] - 1, device=device), there.shape[-1]).to(there.dtype)
+    return torch.where((sureness.values > 0)[..., None], there, nothing)
+
+
+def covering_loss(logits: Tensor, covered: Tensor) -> Tensor:
+    """Cross-entropy of (B, patches, classes + 1) logits with what `covering` says, in nats."""
+    return F.cross_entropy(logits.float().flatten(0, 1), covered.flatten(0, 1))
 
 
 def _mean(values: Tensor, matched: Matched) -> Tensor:

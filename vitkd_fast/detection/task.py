@@ -50,6 +50,10 @@ class Detection(Classification):
             )
         return seen.logits.shape[-1] - 1
 
+    def found(self, seen: View) -> Tensor:
+        """(B,) objects that a model finds in each image, each counted as far as it is sure what it is."""
+        return seen.logits.float().softmax(-1)[..., :-1].amax(-1).sum(-1)
+
     def outputs(self, classes: int) -> tuple[int, ...]:
         return classes, classes + 1, 4
 

@@ -11,7 +11,7 @@ from vitkd_fast.detection.extra import extra
 from vitkd_fast.detection.matching import Wanted, match
 from vitkd_fast.detection.models import tell_apart
 from vitkd_fast.detection.objects import Objects
-from vitkd_fast.detection.set_losses import boxes_loss, classes_loss, giou_loss
+from vitkd_fast.detection.set_losses import boxes_loss, classes_loss, covering, covering_loss, giou_loss
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.guard import GuardedOptimizer
 from vitkd_fast.muon import hidden_matrices
@@ -68,13 +68,14 @@ def train(model: Any, compose: Compose, spec: ImageSpec, *, steps: int, batch_si
     for step in range(steps):
         scenes, objects = compose(batch_size)
         output = model(spec.normalised(scenes.to(device)))
-        pairs = match(View(output.logits, boxes=output.pred_boxes), real(objects, classes, device))
-        covered = patches(output.last_hidden_state[:, 1 : 1 + grid[0] * grid[1]]).flatten(0, 1)
+        wanted = real(objects, classes, device)
+        pairs = match(View(output.logits, boxes=output.pred_boxes), wanted)
+        covered = patches(output.last_hidden_state[:, 1 : 1 + grid[0] * grid[1]])
         losses = (
             classes_loss(pairs),
             5 * boxes_loss(pairs),
             2 * giou_loss(pairs),
-            F.cross_entropy(covered, covering(objects, classes, grid).flatten().to(device)),
+            covering_loss(covered, covering(wanted, grid)),
         )
         optimizer.step(torch.stack(losses).sum(), dict(zip(TERMS, losses)), step / steps)
     model.eval()
@@ -88,19 +89,3 @@ def real(objects: list[Objects], classes: int, device: torch.device | str = "cpu
     for scene, some in enumerate(objects):
         labels[scene, : len(some)], boxes[scene, : len(some)] = some.labels, some.boxes
     return Wanted(F.one_hot(labels.to(device), classes + 1).float(), boxes.to(device))
-
-
-def covering(objects: list[Objects], classes: int, grid: tuple[int, int]) -> Tensor:
-    """(B, rows, columns) the label whose box reaches the middle of each patch; `classes` where none does.
-
-    A box between two middles has the patch in which its own middle is.
-    """
-    rows, columns = grid
-    labels = torch.full((len(objects), rows, columns), classes)
-    down, across = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
-    for scene, some in enumerate(objects):
-        for (x, y, width, height), label in zip(some.boxes, some.labels):
-            inside = ((down - y).abs() < height / 2)[:, None] & ((across - x).abs() < width / 2)
-            inside[min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)] = True
-            labels[scene][inside] = label
-    return labels
