@@ -127,6 +127,8 @@ class Config:
     """Where to run; None is where the given modules are, for names CUDA when there is one."""
     log_every: int = 50
     """Steps between the points where the host reads from the device: metrics, progress bar, non-finite count."""
+    evaluate_every: int = 0
+    """Steps between measurements of both models on the evaluation data in the course of the run; 0: at its end only."""
     max_skipped: int = 20
     """Steps with a non-finite loss or gradient are skipped; one more than this many stops the run."""
     progress: bool = True
@@ -187,7 +189,7 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: _integer(value) and value >= 1,
         "an integer of at least 1",
     ),
-    ("seed life max_skipped", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
+    ("seed life max_skipped evaluate_every", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
     (
         "weight_decay clip",
         lambda value: _number(value) and value >= 0,

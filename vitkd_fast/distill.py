@@ -36,7 +36,8 @@ class Result:
     generator: Generator
     """In eval mode; `generator.sample(n)` makes images, `generator.pixels(images)` brings them to [0, 1]."""
     history: History
-    """One entry per log point: step, the mean of each loss term, agreement, images_per_second, skipped."""
+    """One entry per log point: step, the mean of each loss term, agreement, images_per_second, skipped; and evaluated,
+    the report's figures so far, where `evaluate_every` asks for them."""
     report: Report
 
 
@@ -72,6 +73,10 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
     task = task_of(config)
     _check_names(config)
     task.check_evaluation(evaluate)
+    if config.evaluate_every and evaluate is None:
+        raise ValueError(
+            f"evaluate_every is {config.evaluate_every}, but there is nothing to measure on; give evaluate=."
+        )
     device = default_device(config.device, teacher, student)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -103,6 +108,11 @@ def _distill(
     generator_terms = Terms.of(config.generator_objectives, GENERATOR_OBJECTIVES, pair, labels=config.conditional)
     if not student_terms.names:
         raise ValueError(f"the student has nothing to minimise; give student_objectives. {'; '.join(pair.notes)}")
+
+    def evaluated() -> dict[str, Any]:
+        """The report's figures so far. What the data draw at random, such as their order, changes nothing."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), frozen(student):
+            return pair.task.evaluate(pair, config, evaluate)
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
@@ -143,7 +153,7 @@ def _distill(
                 loss, values = student_terms(scene)
             learner.step(loss, values | {"agreement": pair.task.agreement(scene)}, progress)
 
-            log.step()
+            log.step(evaluated)
     except KeyboardInterrupt:
         status = "interrupted"
     except NonFiniteError as error:

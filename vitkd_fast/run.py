@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,13 +99,15 @@ class Log:
         self.start = self.last = time.perf_counter()
         self.bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True, disable=None if config.progress else True)
 
-    def step(self) -> None:
-        """Count one student step."""
+    def step(self, evaluated: Callable[[], dict[str, Any]] = dict) -> None:
+        """Count one student step; `evaluated` gives figures, and is asked where `evaluate_every` says."""
         self.steps += 1
-        if self.steps % self.config.log_every == 0 or self.steps == self.config.steps:
-            self.read()
+        every, last = self.config.evaluate_every, self.steps == self.config.steps
+        figures = evaluated() if every and self.steps % every == 0 and not last else {}
+        if figures or last or self.steps % self.config.log_every == 0:
+            self.read(figures)
 
-    def read(self) -> None:
+    def read(self, figures: dict[str, Any] | None = None) -> None:
         unread = self.steps - (self.history[-1]["step"] if self.history else 0)
         means: dict[str, float] = {}
         for ledger in self.ledgers:
@@ -114,11 +117,12 @@ class Log:
         now = time.perf_counter()
         speed = unread * self.config.batch_size / (now - self.last)
         self.last = now
-        entry = {
+        entry: dict[str, Any] = {
             "step": self.steps,
             **means,
             "images_per_second": speed,
             "skipped": max(self.skipped.values(), default=0),
+            **({"evaluated": figures} if figures else {}),
         }
         self.history.append(entry)
         self.folder.log(entry)

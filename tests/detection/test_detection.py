@@ -236,7 +236,10 @@ def test_patches_of_the_student_learn_what_a_teacher_without_tokens_finds_there(
     assert result.history[-1]["covered"] < result.history[0]["covered"] - 0.05
     assert "classify.weight" not in result.student.state_dict()
     result = distill(Own(), Own(), **{**longer, "steps": 2})
-    assert "covered is off: the student has no (B, N, D) tokens of patches in its output, or not on a grid" in result.report.notes
+    assert (
+        "covered is off: the student has no (B, N, D) tokens of patches in its output, or not on a grid"
+        in result.report.notes
+    )
 
 
 @pytest.mark.parametrize("queries", [2, 9])
