@@ -17,7 +17,7 @@ from vitkd_fast.generator import GENERATORS, GeneratorSettings, ImageSpec, Pixel
 from vitkd_fast.models import frozen
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES, Scene, Terms
 from vitkd_fast.pair import make_pair
-from vitkd_fast.synthesis import Synthesis, rolled
+from vitkd_fast.synthesis import Synthesis, richest, rolled
 
 SMALL = {"batch_size": 8, "width": 16, "latent": 8, "progress": False, "generator_steps": 3}
 CPU = torch.device("cpu")
@@ -305,11 +305,11 @@ def test_of_several_candidates_the_pool_gets_those_in_which_the_teacher_finds_mo
     drawn = []
 
     class Known(nn.Module):
-        """Surer of brighter images; class 3 of the brightest."""
+        """Surer of brighter images, all of class 3."""
 
         def __init__(self):
             super().__init__()
-            self.scale = nn.Parameter(torch.tensor([0.0, 0.0, 1.0, 2.0]))
+            self.scale = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 2.0]))
             self.pretrained_cfg = {"input_size": (1, SIZE, SIZE), "mean": (0.0,), "std": (1.0,)}
 
         def forward(self, images):
@@ -331,6 +331,15 @@ def test_of_several_candidates_the_pool_gets_those_in_which_the_teacher_finds_mo
     kept = made.pool.bytes[:8].float().div(255).mean((1, 2, 3)).sort(descending=True).values
     torch.testing.assert_close(kept, brightness[:8], atol=1e-2, rtol=0)
     assert (made.pool.classes[:8] == 3).all() == balanced
+
+
+def test_what_is_found_of_a_rare_class_counts_more():
+    found = torch.tensor([[9.0, 0, 0], [8, 0, 0], [0, 0.5, 0], [0, 0.4, 0], [1, 0.3, 0]])
+    shares = [9 / 18, 8 / 18, 0.5 / 1.2, 0.4 / 1.2, 1 / 18 + 0.3 / 1.2]
+    assert richest(found, 5).tolist() == sorted(range(5), key=lambda image: -shares[image])
+    found[:, 2] = torch.tensor([0, 0, 0, 0, 1e-6])  # as good as nothing
+    assert richest(found, 2).tolist() == [0, 1]
+    assert len(richest(torch.zeros(4, 3), 2)) == 2
 
 
 def test_contradicting_settings_are_refused():

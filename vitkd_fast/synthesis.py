@@ -15,7 +15,7 @@ from vitkd_fast.guard import PEAK, GuardedOptimizer
 from vitkd_fast.models import frozen
 from vitkd_fast.objectives import Scene, Terms
 from vitkd_fast.pair import Pair
-from vitkd_fast.replay import ReplayPool
+from vitkd_fast.replay import RAREST, ReplayPool
 from vitkd_fast.sparse import LivePatches
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -68,8 +68,7 @@ class Synthesis:
                 self.pool.add(*self._chosen(improved))
 
     def _chosen(self, improved: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
-        """A batch for the pool, and its classes if they matter; of several drawn, the images in which the teacher finds
-        most."""
+        """A batch for the pool, of several those images in which the teacher finds most; its classes, if they matter."""
         config, pair = self.config, self.pair
         batches = [self._images(*(improved or self._draw())) for _ in range(config.candidates)]
         images, classes = torch.cat(batches), None
@@ -79,7 +78,7 @@ class Synthesis:
         if config.balanced:
             classes = torch.cat([view.logits.argmax(-1) for view in seen])
         if config.candidates > 1:
-            best = torch.cat([pair.task.found(view) for view in seen]).topk(config.batch_size).indices
+            best = richest(torch.cat([pair.task.found(view) for view in seen]), config.batch_size)
             images, classes = images[best], None if classes is None else classes[best]
         return images, classes
 
@@ -201,6 +200,13 @@ def rolled(images: Tensor, share: float) -> Tensor:
         move = torch.randint(-most, most + 1, (1,), device=images.device)
         images = images.index_select(dim, (torch.arange(size, device=images.device) + move).remainder(size))
     return images
+
+
+def richest(found: Tensor, count: int) -> Tensor:
+    """Indices of the `count` images in which most is found, (B, classes) with all classes counting alike: what is found
+    of a rare one counts more, as if of each at least a part `RAREST` of an equal share were found."""
+    of_class = found.sum(0)
+    return (found / (of_class + RAREST * of_class.mean()).clamp_min(1e-30)).sum(-1).topk(count).indices
 
 
 def is_due(step: int, share: float) -> bool:

@@ -41,8 +41,9 @@ class Classification:
         return logits.shape[1]
 
     def found(self, seen: View) -> Tensor:
-        """(B,) how much a model finds in each image: how sure it is of its class."""
-        return seen.logits.float().softmax(-1).amax(-1)
+        """(B, classes) how much of each class a model finds in each image: of the likeliest, how sure it is of it."""
+        p = seen.logits.float().softmax(-1)
+        return p * (p == p.amax(-1, keepdim=True))
 
     def outputs(self, classes: int) -> tuple[int, ...]:
         """Widths of layers that give what the model is for."""

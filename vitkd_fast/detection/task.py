@@ -51,8 +51,10 @@ class Detection(Classification):
         return seen.logits.shape[-1] - 1
 
     def found(self, seen: View) -> Tensor:
-        """(B,) objects that a model finds in each image, each counted as far as it is sure what it is."""
-        return seen.logits.float().softmax(-1)[..., :-1].amax(-1).sum(-1)
+        """(B, classes) objects that a model finds in each image: its queries, each for its likeliest class as far as it
+        is sure of it."""
+        p = seen.logits.float().softmax(-1)[..., :-1]
+        return (p * (p == p.amax(-1, keepdim=True))).sum(1)
 
     def outputs(self, classes: int) -> tuple[int, ...]:
         return classes, classes + 1, 4
