@@ -68,7 +68,7 @@ class Synthesis:
                 self.pool.add(*self._chosen(improved))
 
     def _chosen(self, improved: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
-        """A batch for the pool, of several those images in which the teacher finds most; its classes, if they matter."""
+        """A batch for the pool, and its classes if they matter; of candidates those in which most is found."""
         config, pair = self.config, self.pair
         batches = [self._images(*(improved or self._draw())) for _ in range(config.candidates)]
         images, classes = torch.cat(batches), None
