@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed=arguments.seed,
                 out=arguments.out / name,
                 overwrite=True,
-                **({"generator": real_images} if name == REAL else {"method": name}),
+                **({"generator": real_images, "candidates": 1} if name == REAL else {"method": name}),
             )
         if result.report.status == "interrupted":
             return 130

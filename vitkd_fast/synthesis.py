@@ -222,7 +222,7 @@ def _check(config: Config) -> None:
     if config.candidates > 1 and (config.images != "pool" or any(config.generator_objectives.values())):
         raise ValueError(
             f"candidates is {config.candidates}; several are drawn for one where images='pool' and the generator does "
-            f"not learn."
+            f"not learn: set candidates=1."
         )
     if config.generators > 1 and (config.restart != "never" or config.life or config.learn_latent):
         raise ValueError(

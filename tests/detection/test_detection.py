@@ -306,7 +306,7 @@ def test_objectives_of_the_other_task_are_off_with_a_note():
     result = distill(teacher(), student(), student_objectives={"logits": 1.0}, **QUICK)
     assert "logits is off: it is for classifiers, and these are detectors" in result.report.notes
     assert "logits" not in result.history[-1]
-    nothing = dict.fromkeys((*TERMS, "tokens"), 0.0)
+    nothing = dict.fromkeys((*TERMS, "tokens", "covered"), 0.0)
     with pytest.raises(ValueError, match=r"nothing to minimise.*logits is off: it is for classifiers"):
         distill(teacher(), student(), student_objectives={**nothing, "logits": 1.0}, **QUICK)
     of_boxes = {"student_objectives": {"found": 1.0}, "task": "classification", "accelerate": False}

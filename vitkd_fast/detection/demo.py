@@ -98,7 +98,7 @@ def demo(
         free = distilled("drawn scenes: no digit is left", out=out, overwrite=True).report
         noise = distilled("Gaussian noise", method="noise").report
         with supplied(lambda count: known(count)[0]) as generator:
-            real = distilled("real scenes", generator=generator).report
+            real = distilled("real scenes", generator=generator, candidates=1).report
     assert free.agreement is not None
     figures = Figures(
         teacher_map50=free.teacher_map50 or 0.0,
