@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from _common import ROOT, _cpu_name, _git
+from detection_windows import Windows, to_measure_on
 from torch import Tensor, nn
 
 from vitkd_fast.detection.data import Scenes, read_scenes
@@ -27,6 +28,7 @@ from vitkd_fast.methods import DETECTION_METHODS
 from vitkd_fast.report import Report, percent
 
 SHIFT = 0.125  # of the sides, by which training scenes are moved at most
+POINTS = 10  # in the course of a run at which its student is measured
 REAL = "real_kd"  # the bound that sees real scenes
 PARTS = ("train", "val")  # to learn from, to measure on
 
@@ -36,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parsed(argv)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    spec = ImageSpec(*arguments.size, mean=(0.5,) * 3, std=(0.5,) * 3)
     known, held = (read_scenes(annotations(arguments.data, part), tuple(arguments.size)) for part in PARTS)
+    if arguments.window and arguments.window > min(arguments.size):
+        raise SystemExit(f"detection.py: --window is {arguments.window}, larger than scenes of {arguments.size}.")
     if known.classes != held.classes:
         raise SystemExit(f"detection.py: classes to learn, {known.classes}, and to measure, {held.classes}, differ.")
-    moved = Moved(known)
+    spec = ImageSpec(*(2 * [arguments.window] if arguments.window else arguments.size), (0.5,) * 3, (0.5,) * 3)
+    learned = Windows(known, arguments.window) if arguments.window else Moved(known)
+    measured = to_measure_on(held, arguments.window) if arguments.window else held
     started = time.perf_counter()
     sizes = {"classes": len(known.classes), "patch": arguments.patch, "queries": arguments.queries}
     if arguments.teacher:
@@ -48,19 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         teacher = small_yolos(spec, **sizes, **triple(arguments.teacher_size)).to(arguments.device)
         say(f"training the teacher on {len(known)} scenes, {arguments.teacher_steps:,} steps …")
-        train(teacher, moved, spec, steps=arguments.teacher_steps, batch_size=arguments.batch_size)
+        train(teacher, learned, spec, steps=arguments.teacher_steps, batch_size=arguments.batch_size)
     seconds = time.perf_counter() - started
     reports: dict[str, Report] = {}
+    courses: dict[str, list[dict[str, Any]]] = {}
     for name in (REAL, *arguments.methods):
         torch.manual_seed(arguments.seed)
         student = small_yolos(spec, **sizes, **triple(arguments.student_size)).to(arguments.device)
         say(f"{name} …")
-        with supplied(lambda count: moved(count)[0]) as real_images:
+        with supplied(lambda count: learned(count)[0]) as real_images:
             result = distill(
                 teacher,
                 student,
                 task="detection",
-                evaluate=held,
+                evaluate=measured,
+                evaluate_every=max(1, arguments.steps // POINTS),
                 steps=arguments.steps,
                 batch_size=arguments.batch_size,
                 precision=arguments.precision,
@@ -72,8 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result.report.status == "interrupted":
             return 130
         reports[name] = result.report
+        courses[name] = [{"step": e["step"], **e["evaluated"]} for e in result.history if "evaluated" in e]
+        courses[name].append({"step": result.report.steps, **figures(result.report)})
     print(table(reports))
-    print(f"record: {record(arguments, known, held, seconds, reports)}")
+    for name, course in courses.items():
+        print(f"{name}, agreement after steps: " + ", ".join(f"{e['step']} {percent(e['agreement'])}" for e in course))
+    print(f"record: {record(arguments, known, held, seconds, reports, courses)}")
     return 0
 
 
@@ -86,6 +97,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher", metavar="FILE:NAME", help="a function without arguments in a Python file that gives a detector")
     add("--methods", nargs="+", choices=list(DETECTION_METHODS), default=["noise", "best"])
     add("--size", nargs=2, type=int, default=[128, 160], metavar=("HEIGHT", "WIDTH"), help="scenes are stretched to it")
+    add("--window", type=int, metavar="SIDE", help="learn and measure on windows of that side, cut around objects")
     add("--patch", type=int, default=16)
     add("--queries", type=int, default=10)
     add("--teacher-size", nargs=3, type=int, default=[96, 6, 3], metavar=("WIDTH", "DEPTH", "HEADS"))
@@ -150,6 +162,12 @@ class Moved:
         return pixels, clipped(Objects(boxes, objects.labels))
 
 
+def figures(report: Report) -> dict[str, Any]:
+    """What a report says of the scenes to measure on, as in the course of a run."""
+    names = ("agreement", "teacher_map", "teacher_map50", "student_map", "student_map50")
+    return {name: getattr(report, name) for name in names}
+
+
 def table(reports: dict[str, Report]) -> str:
     teacher = next(iter(reports.values()))
     rows = [("", "mAP50", "mAP", "agreement", "parameters", "seconds")]
@@ -168,7 +186,12 @@ def _count(facts: Any) -> str:
 
 
 def record(
-    arguments: argparse.Namespace, known: Scenes, held: Scenes, seconds: float, reports: dict[str, Report]
+    arguments: argparse.Namespace,
+    known: Scenes,
+    held: Scenes,
+    seconds: float,
+    reports: dict[str, Report],
+    courses: dict[str, list[dict[str, Any]]],
 ) -> Path:
     """What was measured, where and when, as a JSON file."""
     now = datetime.now(timezone.utc)
@@ -184,6 +207,7 @@ def record(
         "data": {"classes": known.classes, "scenes": [len(known), len(held)]},
         "teacher_seconds": seconds,
         "students": {name: report.to_dict() for name, report in reports.items()},
+        "courses": courses,
     }
     for report in content["students"].values():
         report["settings"].pop("out")
