@@ -12,6 +12,7 @@ pytest.importorskip("torchmetrics")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import detection
+from detection_windows import Windows, to_measure_on
 
 from vitkd_fast.detection.objects import Objects
 from vitkd_fast.detection.scenes import Scenes
@@ -51,7 +52,17 @@ def test_it_reports_the_teacher_and_every_student(data, tmp_path, capsys):
     assert record["students"].keys() == {"real_kd", "noise", "best"}
     assert record["students"]["real_kd"]["settings"]["generator"] == "real_images"
     assert str(tmp_path) not in path.read_text()
+    assert [point["step"] for point in record["courses"]["best"]] == [1, 2]
+    assert "best, agreement after steps: 1 " in table
     assert (tmp_path / "out/best/images.png").exists()
+
+
+def test_it_runs_on_windows_too(data, tmp_path, capsys):
+    folders = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--methods", "noise"]
+    assert detection.main(["--data", str(data), *QUICK, *SMALL, *folders, "--window", "8"]) == 0
+    assert "noise" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--window is 20, larger than scenes of"):
+        detection.main(["--data", str(data), *QUICK, *SMALL, *folders, "--window", "20"])
 
 
 def test_a_teacher_can_come_from_a_file(tmp_path):
@@ -82,3 +93,48 @@ def test_boxes_move_with_their_scene():
         inside = torch.zeros(16, 32, dtype=torch.bool)
         inside[top:bottom, left:right] = True
         assert torch.equal(scene[0] > 0.5, inside)
+
+
+def bright_squares():
+    """Two scenes of 32 × 48 pixels, with a white square of class 0 and with two of class 1; a third without any."""
+    pixels = torch.zeros(3, 3, 32, 48, dtype=torch.uint8)
+    places = [[(4, 6, 8, 8)], [(0, 0, 6, 4), (20, 30, 10, 8)], []]
+    objects = []
+    for scene, some in enumerate(places):
+        boxes = torch.tensor([[(x + w / 2) / 48, (y + h / 2) / 32, w / 48, h / 32] for y, x, h, w in some])
+        for y, x, h, w in some:
+            pixels[scene, :, y : y + h, x : x + w] = 255
+        objects.append(Objects(boxes.view(-1, 4), torch.full((len(some),), scene)))
+    return Scenes(pixels, objects, ["one", "other"], [(32, 48)] * 3)
+
+
+def white(some, side):
+    shown = torch.zeros(side, side, dtype=torch.bool)
+    for left, top, right, bottom in some.corners(side, side).round().int().tolist():
+        shown[top:bottom, left:right] = True
+    return shown
+
+
+def test_windows_to_measure_on_show_an_object_and_stay_the_same():
+    scenes = bright_squares()
+    windows = to_measure_on(scenes, 16)
+    assert [len(objects) > 0 for _, objects in windows] == [True, True, False]
+    for index, (pixels, objects) in enumerate(windows):
+        assert pixels.shape == (3, 16, 16) and torch.equal(pixels[0] > 0.5, white(objects, 16))
+        assert objects.labels.tolist() == [index] * len(objects)
+    assert (windows[0][0][0] > 0.5).sum() == 64  # all of it
+    again = to_measure_on(scenes, 16)
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(windows, again))
+    assert (to_measure_on(scenes, 4)[0][0] > 0.5).all()  # larger than the window
+
+
+def test_windows_to_learn_from_move_their_boxes_and_show_all_classes_alike():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        pixels, objects = Windows(bright_squares(), 16)(200)
+    assert pixels.shape == (200, 3, 16, 16)
+    labels = [int(some.labels[0]) for some in objects]
+    assert 60 < sum(labels) < 140
+    off = [((scene[0] > scene[0].mean()) != white(some, 16)).float().mean() for scene, some in zip(pixels, objects)]
+    assert torch.tensor(off).mean() < 0.05  # resampled, so edges may differ
+    assert len({tuple(some.boxes[0].tolist()) for some in objects}) > 150
