@@ -28,6 +28,7 @@ from vitkd_fast.guard import NonFiniteError
 from vitkd_fast.methods import DETECTION_METHODS
 from vitkd_fast.objectives import Scene, View
 from vitkd_fast.run import FILES
+from vitkd_fast.tasks import Classification
 
 QUICK = {
     "task": "detection",
@@ -240,6 +241,13 @@ def test_patches_of_the_student_learn_what_a_teacher_without_tokens_finds_there(
         "covered is off: the student has no (B, N, D) tokens of patches in its output, or not on a grid"
         in result.report.notes
     )
+
+
+def test_what_a_model_finds_is_counted_by_class():
+    p = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.1, 0.4]], [[0.0, 0.0, 1.0]] * 3])
+    found = Detection().found(View(p.log(), boxes=torch.zeros(2, 3, 4)))
+    torch.testing.assert_close(found, torch.tensor([[1.2, 0.3], [0.0, 0.0]]))
+    torch.testing.assert_close(Classification().found(View(p[0].log())), p[0] * torch.eye(3)[[0, 2, 0]])
 
 
 @pytest.mark.parametrize("queries", [2, 9])
