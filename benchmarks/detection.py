@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         teacher = small_yolos(spec, **sizes, **triple(arguments.teacher_size)).to(arguments.device)
         say(f"training the teacher on {len(known)} scenes, {arguments.teacher_steps:,} steps …")
-        train(teacher, learned, spec, steps=arguments.teacher_steps, batch_size=arguments.batch_size)
+        steps = {"steps": arguments.teacher_steps, "lr": arguments.teacher_lr}
+        train(teacher, learned, spec, batch_size=arguments.batch_size, **steps)
     seconds = time.perf_counter() - started
     reports: dict[str, Report] = {}
     courses: dict[str, list[dict[str, Any]]] = {}
@@ -103,6 +104,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-size", nargs=3, type=int, default=[96, 6, 3], metavar=("WIDTH", "DEPTH", "HEADS"))
     add("--student-size", nargs=3, type=int, default=[56, 4, 2], metavar=("WIDTH", "DEPTH", "HEADS"))
     add("--teacher-steps", type=int, default=3000)
+    add("--teacher-lr", type=float, default=6e-4, help="peak of the one cycle")
     add("--steps", type=int, default=3000, help="student steps of every run")
     add("--batch-size", type=int, default=32)
     add("--seed", type=int, default=0)

@@ -49,16 +49,18 @@ def small_yolos(
     return model
 
 
-def train(model: Any, compose: Compose, spec: ImageSpec, *, steps: int, batch_size: int) -> None:
+def train(
+    model: Any, compose: Compose, spec: ImageSpec, *, steps: int, batch_size: int, lr: float | None = None
+) -> None:
     """Supervised, by DETR's set losses; and each patch learns what covers it, without which a YOLOS this small needs
-    many times as long."""
+    many times as long. `lr` is the one cycle's peak; None: as for students."""
     config, device = model.config, model.device
     classes, grid = config.num_labels, (spec.height // config.patch_size, spec.width // config.patch_size)
     patches = nn.Linear(config.hidden_size, classes + 1, device=device)
     optimizer = GuardedOptimizer(
         "teacher",
         nn.ModuleList([model, patches]),
-        student_lr(torch.Size([config.hidden_size])),
+        lr or student_lr(torch.Size([config.hidden_size])),
         TERMS,
         weight_decay=0.01,
         clip=1.0,
