@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from _common import ROOT, _cpu_name, _git
 from detection_windows import Windows, to_measure_on
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from vitkd_fast.detection.data import Scenes, read_scenes
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"training the teacher on {len(known)} scenes, {arguments.teacher_steps:,} steps …")
         steps = {"steps": arguments.teacher_steps, "lr": arguments.teacher_lr}
         train(teacher, learned, spec, batch_size=arguments.batch_size, **steps)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        save_model(teacher, str(arguments.out / "teacher.safetensors"))
     seconds = time.perf_counter() - started
     reports: dict[str, Report] = {}
     courses: dict[str, list[dict[str, Any]]] = {}
@@ -111,7 +114,12 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=["float32", "bfloat16"], default="float32")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--out", type=Path, default=Path("runs/detection"), help="a run folder for each student")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/detection"),
+        help="the teacher's weights, and a run folder for each student",
+    )
     add("--results", type=Path, default=ROOT / "benchmarks/results", help="where the record goes")
     return options.parse_args(argv)
 

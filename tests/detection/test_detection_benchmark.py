@@ -54,7 +54,7 @@ def test_it_reports_the_teacher_and_every_student(data, tmp_path, capsys):
     assert str(tmp_path) not in path.read_text()
     assert [point["step"] for point in record["courses"]["best"]] == [1, 2]
     assert "best, agreement after steps: 1 " in table
-    assert (tmp_path / "out/best/images.png").exists()
+    assert (tmp_path / "out/best/images.png").exists() and (tmp_path / "out/teacher.safetensors").exists()
 
 
 def test_it_runs_on_windows_too(data, tmp_path, capsys):
