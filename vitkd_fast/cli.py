@@ -90,7 +90,7 @@ def demo(
 
     Args:
         seed: Of the weights and the distillation; the split is always the same.
-        steps: Student steps of each student; None: 5,000, of detectors 1,000.
+        steps: Student steps of each student; None: 5,000, of detectors 1,500.
         json: File for the figures.
         out: Run folder of the distillation; a finished one in it is replaced.
         detection: Detect digits in scenes of several, with a YOLOS and one a third its size.

@@ -20,7 +20,7 @@ SIZES = {"classes": 10, "patch": 8, "queries": 10}  # of both networks
 TEACHER = {"width": 96, "depth": 5, "heads": 3}  # 613 thousand weights
 STUDENT = {"width": 56, "depth": 4, "heads": 2}  # 176 thousand
 TEACHER_STEPS = 3000
-STEPS = 1000
+STEPS = 1500
 BATCH_SIZE = 32
 HELD = 500  # scenes to measure on, of digits that no model has learned from
 
