@@ -60,7 +60,8 @@ def covering(wanted: Wanted, grid: tuple[int, int]) -> Tensor:
     inside |= own_row[..., None] & own_column[..., None, :]
     sureness = (wanted.sureness[..., None] * inside.flatten(2)).max(1)  # (B, patches)
     there = wanted.classes.gather(1, sureness.indices[..., None].expand(-1, -1, wanted.classes.shape[-1]))
-    nothing = F.one_hot(torch.tensor(there.shape[-1] - 1, device=device), there.shape[-1]).to(there.dtype)
+    nothing = torch.zeros_like(there)
+    nothing[..., -1] = 1
     return torch.where((sureness.values > 0)[..., None], there, nothing)
 
 
