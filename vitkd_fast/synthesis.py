@@ -65,7 +65,8 @@ class Synthesis:
         improved = None if self.learner is None else self._improve(self.learner, progress)
         if self.config.images == "pool":
             with torch.no_grad(), self.autocast():
-                self.pool.add(*self._chosen(improved))
+                images, classes = self._chosen(improved)
+            self.pool.add(images, classes)
 
     def _chosen(self, improved: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
         """A batch for the pool, and its classes if they matter; of candidates those in which most is found."""

@@ -42,8 +42,7 @@ class Classification:
 
     def found(self, seen: View) -> Tensor:
         """(B, classes) how much of each class a model finds in each image: of the likeliest, how sure it is of it."""
-        p = seen.logits.float().softmax(-1)
-        return p * (p == p.amax(-1, keepdim=True))
+        return of_likeliest(seen.logits.float().softmax(-1))
 
     def outputs(self, classes: int) -> tuple[int, ...]:
         """Widths of layers that give what the model is for."""
@@ -69,6 +68,11 @@ class Classification:
     def picture(self, pair: "Pair", config: "Config", images: Tensor):
         """A PIL image of (B, C, H, W) images."""
         return image_grid(pair.spec.pixels(images))
+
+
+def of_likeliest(p: Tensor) -> Tensor:
+    """(…, classes) probabilities with all but the largest made 0."""
+    return p * (p == p.amax(-1, keepdim=True))
 
 
 def task_of(config: "Config") -> Classification:

@@ -20,7 +20,7 @@ from vitkd_fast.generator import ImageSpec
 from vitkd_fast.layout import Layout
 from vitkd_fast.objectives import Scene, View
 from vitkd_fast.pair import Pair
-from vitkd_fast.tasks import Classification
+from vitkd_fast.tasks import Classification, of_likeliest
 
 SURE = 0.5  # a probability from which an object counts as found
 OVERLAP = 0.5  # IoU from which two boxes are of the same object
@@ -53,8 +53,7 @@ class Detection(Classification):
     def found(self, seen: View) -> Tensor:
         """(B, classes) objects that a model finds in each image: its queries, each for its likeliest class as far as it
         is sure of it."""
-        p = seen.logits.float().softmax(-1)[..., :-1]
-        return (p * (p == p.amax(-1, keepdim=True))).sum(1)
+        return of_likeliest(seen.logits.float().softmax(-1)[..., :-1]).sum(1)
 
     def outputs(self, classes: int) -> tuple[int, ...]:
         return classes, classes + 1, 4
