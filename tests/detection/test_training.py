@@ -39,7 +39,7 @@ def test_training_lowers_the_set_losses_and_ends_in_eval_mode():
             return (classes_loss(pairs) + 5 * boxes_loss(pairs)).item()
 
         before = loss()
-        train(model, squares, SPEC, steps=150, batch_size=16)
+        train(model, squares, SPEC, steps=150, batch_size=16, lr=0.01)
         assert not model.training
         assert loss() < 0.6 * before
 

@@ -19,7 +19,8 @@ SPEC = ImageSpec(64, 64, (0.5,), (0.5,))  # of a scene
 SIZES = {"classes": 10, "patch": 8, "queries": 10}  # of both networks
 TEACHER = {"width": 96, "depth": 5, "heads": 3}  # 613 thousand weights
 STUDENT = {"width": 56, "depth": 4, "heads": 2}  # 176 thousand
-TEACHER_STEPS = 3000
+TEACHER_STEPS = 2000
+TEACHER_LR = 1.2e-3  # 92 % mAP50; 72 % at 2.6e-3, which a student of this width would get
 STEPS = 1500
 BATCH_SIZE = 32
 HELD = 500  # scenes to measure on, of digits that no model has learned from
@@ -76,7 +77,7 @@ def demo(
         evaluate = list(zip(*held(HELD)))
         say(f"Training the teacher on scenes of handwritten digits, {TEACHER_STEPS:,} steps …")
         teacher = small_yolos(SPEC, **SIZES, **TEACHER)
-        train(teacher, known, SPEC, steps=TEACHER_STEPS, batch_size=BATCH_SIZE)
+        train(teacher, known, SPEC, steps=TEACHER_STEPS, batch_size=BATCH_SIZE, lr=TEACHER_LR)
         student = small_yolos(SPEC, **SIZES, **STUDENT)
         weights = {name: weight.clone() for name, weight in student.state_dict().items()}
 

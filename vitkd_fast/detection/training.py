@@ -16,7 +16,6 @@ from vitkd_fast.generator import ImageSpec
 from vitkd_fast.guard import GuardedOptimizer
 from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.objectives import View
-from vitkd_fast.pair import student_lr
 
 TERMS = ("classes", "boxes", "giou", "patches")
 Compose = Callable[[int], tuple[Tensor, list[Objects]]]
@@ -49,18 +48,16 @@ def small_yolos(
     return model
 
 
-def train(
-    model: Any, compose: Compose, spec: ImageSpec, *, steps: int, batch_size: int, lr: float | None = None
-) -> None:
+def train(model: Any, compose: Compose, spec: ImageSpec, *, steps: int, batch_size: int, lr: float) -> None:
     """Supervised, by DETR's set losses; and each patch learns what covers it, without which a YOLOS this small needs
-    many times as long. `lr` is the one cycle's peak; None: as for students."""
+    many times as long. `lr` is the one cycle's peak."""
     config, device = model.config, model.device
     classes, grid = config.num_labels, (spec.height // config.patch_size, spec.width // config.patch_size)
     patches = nn.Linear(config.hidden_size, classes + 1, device=device)
     optimizer = GuardedOptimizer(
         "teacher",
         nn.ModuleList([model, patches]),
-        lr or student_lr(torch.Size([config.hidden_size])),
+        lr,
         TERMS,
         weight_decay=0.01,
         clip=1.0,
