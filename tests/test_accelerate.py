@@ -163,7 +163,7 @@ class TestReport:
     def test_says_when_there_is_nothing(self):
         report = accelerate(nn.Sequential(nn.Linear(3, 3)))
         assert report == AccelerateReport(0, {})
-        assert "no timm attention" in str(report)
+        assert "0 attention blocks switched: the model has none" in str(report)
 
     def test_says_which_blocks_drop_out(self):
         report = accelerate(timm.create_model("vit_tiny_patch16_224", depth=2, attn_drop_rate=0.1))

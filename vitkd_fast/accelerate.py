@@ -37,7 +37,7 @@ class AccelerateReport:
     def __str__(self) -> str:
         total = self.switched + len(self.kept)
         if total == 0:
-            return "0 attention blocks switched: the model has no timm attention module"
+            return "0 attention blocks switched: the model has none of timm's or transformers' that ours can replace"
         lines = [f"{self.switched} of {total} attention blocks switched"]
         if self.eval_only:
             lines[0] += f" ({len(self.eval_only)} in eval mode only: attention dropout)"

@@ -13,7 +13,7 @@ PROJECTIONS = ({"query", "key", "value"}, {"q_proj", "k_proj", "v_proj"})  # wha
 
 
 def switch(model: Any) -> int:
-    """Let the models of transformers in `model` that run on torch's attention run on ours; how many modules have it.
+    """Let the models of transformers in `model` that run on torch's attention run on ours; how many self-attentions do.
 
     A call that our attention is not for, with a mask, a bias, dropout or queries of other keys, goes to torch's.
     """
@@ -29,7 +29,8 @@ def switch(model: Any) -> int:
     for module in model.modules():
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == NAME:
-            count += any(names <= {name for name, _ in module.named_children()} for names in PROJECTIONS)
+            projects = any(names <= {name for name, _ in module.named_children()} for names in PROJECTIONS)
+            count += projects and "Cross" not in type(module).__name__
     return count
 
 
