@@ -50,8 +50,11 @@ inline void by_fours(int64_t rows, Body body) {
 template <class T>
 Vec<T> column_max(const T* scores, int64_t tokens, int64_t columns) {
   Vec<T> most[4];
-  for (Vec<T>& each : most) each = load(scores);
-  by_fours(tokens, [&](int64_t n, auto rows) {
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) most[i] = load(scores);
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
+    VITKD_UNROLL
     for (int i = 0; i < rows; ++i) most[i] = maximum<T>(load(scores + (n + i) * columns), most[i]);
   });
   return maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3]));
@@ -67,16 +70,22 @@ Vec<T> total(const Vec<T> (&parts)[4]) {
 template <class In, class T>
 Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* weights) {
   const Vec<T> peak = column_max(scores, tokens, columns) * factor;
-  Vec<T> sums[4] = {};
-  by_fours(tokens, [&](int64_t n, auto rows) {
+  Vec<T> sums[4];
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] = Vec<T>{};
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
     Vec<T> e[rows];
+    VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
       e[i] = exp2<kCoarse<In>>(load(scores + (n + i) * columns) * factor - peak);
       sums[i] += e[i];
     }
     if constexpr (kSteps<In> == 1) {
+      VITKD_UNROLL
       for (int i = 0; i < rows; ++i) store(weights + (n + i) * columns, e[i]);
     } else {
+      VITKD_UNROLL
       for (int i = 0; i < rows; i += 2) {
         store_operand(weights + (n + i) / 2 * columns, join(e[i], i + 1 < rows ? e[i + 1] : Vec<T>{}));
       }
@@ -96,8 +105,12 @@ struct Softened {
 template <class In, class T>
 void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, const Softened<In>& out) {
   const Vec<T> peak = column_max(scores, tokens, columns) * factor;
-  Vec<T> sums[4] = {}, dots[4] = {};
-  by_fours(tokens, [&](int64_t n, auto rows) {
+  Vec<T> sums[4], dots[4];
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] = dots[i] = Vec<T>{};
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
+    VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
       T* score = scores + (n + i) * columns;
       const Vec<T> e = exp2<kCoarse<In>>(load(score) * factor - peak);
@@ -107,23 +120,28 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
     }
   });
   const Vec<T> inverse = T(1) / total<T>(sums), delta = total<T>(dots) * inverse;
-  by_fours(tokens, [&](int64_t n, auto rows) {
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
     Vec<T> p[rows], ds[rows];
+    VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
       p[i] = load(scores + (n + i) * columns) * inverse;
       ds[i] = p[i] * (load(grads + (n + i) * columns) - delta);
     }
     if constexpr (kSteps<In> == 1) {
+      VITKD_UNROLL
       for (int i = 0; i < rows; ++i) {
         store(out.weights_rows + (n + i) * columns, p[i]);
         store(out.grad_rows + (n + i) * columns, ds[i]);
       }
     } else {
+      VITKD_UNROLL
       for (int i = 0; i < rows; ++i) {
         const int64_t at = (n + i) * columns / 2;
         store_narrow(reinterpret_cast<bf16*>(out.weights_rows + at), p[i]);
         store_narrow(reinterpret_cast<bf16*>(out.grad_rows + at), ds[i]);
       }
+      VITKD_UNROLL
       for (int i = 0; i < rows; i += 2) {
         store_operand(out.grad_down + (n + i) / 2 * columns, join(ds[i], i + 1 < rows ? ds[i + 1] : Vec<T>{}));
       }

@@ -96,19 +96,38 @@ constexpr int kRows[kVectors + 1] = {0, 12, 6, 4};
 template <class In, int R, int V>
 void gemm_tile(const Gemm<In>& g, int64_t row, int64_t column) {
   using T = SumOf<In>;
-  Vec<T> sums[R][V] = {};
-  const In* a = g.a + row * g.a_row;
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row, c_row = g.c_row;  // nothing stored below changes them
+  const In* a = g.a + row * a_row;
   const In* b = g.b + column;
-  for (int64_t k = 0; k < g.depth; ++k, a += g.a_col, b += g.b_row) {
+  T* c = g.c + row * c_row + column;
+  Vec<T> sums[R][V];
+  VITKD_UNROLL
+  for (int r = 0; r < R; ++r) {
+    VITKD_UNROLL
+    for (int v = 0; v < V; ++v) sums[r][v] = Vec<T>{};
+  }
+  for (int64_t k = g.depth; k > 0; --k, a += a_col, b += b_row) {
     Vec<T> bs[V];
-    for (int v = 0; v < V; ++v) bs[v] = load(reinterpret_cast<const T*>(b) + v * kLanes<T>);
+    VITKD_UNROLL
+    for (int v = 0; v < V; ++v) bs[v] = load(reinterpret_cast<const T*>(b) + v * lanes);
+    VITKD_UNROLL
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < V; ++v) multiply_add<In>(sums[r][v], a[r * g.a_row], bs[v]);
+      VITKD_UNROLL
+      for (int v = 0; v < V; ++v) multiply_add<In>(sums[r][v], a[r * a_row], bs[v]);
     }
   }
+  if (g.accumulate) {
+    VITKD_UNROLL
+    for (int r = 0; r < R; ++r) {
+      VITKD_UNROLL
+      for (int v = 0; v < V; ++v) sums[r][v] += load(c + r * c_row + v * lanes);
+    }
+  }
+  VITKD_UNROLL
   for (int r = 0; r < R; ++r) {
-    T* c = g.c + (row + r) * g.c_row + column;
-    for (int v = 0; v < V; ++v, c += kLanes<T>) store(c, g.accumulate ? load(c) + sums[r][v] : sums[r][v]);
+    VITKD_UNROLL
+    for (int v = 0; v < V; ++v) store(c + r * c_row + v * lanes, sums[r][v]);
   }
 }
 
@@ -134,21 +153,22 @@ void gemm_panel(const Gemm<In>& g, int64_t column, int vectors) {
   if (row < g.rows) gemm_rest<In, R - 1, V>(g, row, column);
 }
 
-// In panels of 64 terms: one running sum over 577 of them has 1.5 times the error of torch's product in float32, panels
-// have 0.9 times. A panel of B takes 16 KB at most.
+// In panels of about 64 terms: one running sum over 577 of them has 1.5 times the error of torch's product in float32,
+// panels have 0.9 times. A panel of B takes some 16 KB. No more panels than need be, for each reads and writes all of C.
 template <class In>
 void gemm(Gemm<In> g) {
   constexpr int64_t lanes = kLanes<SumOf<In>>;
-  for (int64_t depth = g.depth; depth > 0; depth -= 64) {
-    g.depth = depth < 64 ? depth : 64;
+  for (int64_t left = g.depth, sections = left < 64 ? 1 : (left + 32) / 64; sections > 0; --sections) {
+    g.depth = (left + sections - 1) / sections;
     for (int64_t vectors = g.columns / lanes, column = 0; vectors > 0;) {
       const int64_t panels = (vectors + kVectors - 1) / kVectors, width = (vectors + panels - 1) / panels;
       gemm_panel<In, kVectors>(g, column, static_cast<int>(width));
       column += width * lanes;
       vectors -= width;
     }
-    g.a += 64 * g.a_col;
-    g.b += 64 * g.b_row;
+    g.a += g.depth * g.a_col;
+    g.b += g.depth * g.b_row;
+    left -= g.depth;
     g.accumulate = true;
   }
 }

@@ -14,7 +14,11 @@ constexpr double kLog2E = 1.4426950408889634;
 // and lose little to rounding.
 template <class T>
 struct Sum {
-  Vec<T> parts[4] = {};
+  Vec<T> parts[4];
+  Sum() {
+    VITKD_UNROLL
+    for (int i = 0; i < 4; ++i) parts[i] = Vec<T>{};
+  }
   T total() const { return sum<T>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 };
 
@@ -25,29 +29,42 @@ inline void sweep(int64_t classes, Body body) {
   constexpr int64_t lanes = kLanes<T>;
   int64_t c = 0;
   for (; c + 4 * lanes <= classes; c += 4 * lanes) {
+    VITKD_UNROLL
     for (int part = 0; part < 4; ++part) body(c + part * lanes, part, std::integral_constant<int64_t, lanes>{});
   }
-  for (int part = 0; c < classes; c += lanes, ++part) {
-    if (c + lanes <= classes) body(c, part, std::integral_constant<int64_t, lanes>{});
-    else body(c, part, classes - c);
+  VITKD_UNROLL
+  for (int part = 0; part < 3; ++part) {
+    if (c + lanes > classes) break;
+    body(c, part, std::integral_constant<int64_t, lanes>{});
+    c += lanes;
   }
+  if (c < classes) body(c, 3, classes - c);
 }
 
-// log((1 + x) / 2) for 0 <= x <= 1: 2 atanh(y) with y = (x - 1) / (x + 3) >= -1/3, by its series; exactly 0 at 1.
+// log(1 + x / 2) for -1 <= x <= 0: 2 atanh(y) with y = x / (x + 4) >= -1/3, by its series.
 template <class T>
-inline Vec<T> log_half_1p(Vec<T> x) {
-  const Vec<T> y = (x - T(1)) / (x + T(3)), y2 = y * y;
+inline Vec<T> log_1p_half(Vec<T> x) {
+  const Vec<T> y = x / (x + T(4)), y2 = y * y;
   constexpr int terms = sizeof(T) == 4 ? 8 : 17;
   Vec<T> p = broadcast(T(1) / T(2 * terms - 1));
+  VITKD_UNROLL
   for (int k = terms - 2; k >= 0; --k) p = p * y2 + T(1) / T(2 * k + 1);
   return p * y * T(2);
 }
 
-// log of p over the mean of p and q, from log q - log p alone
+// The logs of q and of p over their mean.
 template <class T>
-inline Vec<T> log_over_mean(Vec<T> other) {
-  const Vec<T> zero = {}, size = other > zero ? other : -other;
-  return (other > zero ? -other : zero) - log_half_1p<T>(exp2(-size * T(kLog2E)));
+struct OverMean {
+  Vec<T> q, p;
+};
+
+// ... from log q - log p alone. Where the two nearly agree, what is left of both sides of js is second order in this; so
+// the ratio is kept as its distance from 1, which is exact there.
+template <class T>
+inline OverMean<T> over_mean(Vec<T> log_ratio) {
+  const Vec<T> zero = {}, above = log_ratio > zero ? log_ratio : zero, below = log_ratio > zero ? zero : log_ratio;
+  const Vec<T> rest = log_1p_half<T>(exp_minus_1(below - above));
+  return {below - rest, -above - rest};
 }
 
 // One row. s and t are its logits; q and p are scratch for the exponentials, whole vectors.
@@ -86,7 +103,8 @@ inline Vec<T> below(const S* logits, int64_t c, Count count, T peak) {
 template <class S, class T = Compute<S>>
 T largest(const S* logits, int64_t classes) {
   Vec<T> most[4];
-  for (Vec<T>& each : most) each = broadcast(T(-__builtin_inf()));
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) most[i] = broadcast(T(-__builtin_inf()));
   sweep<T>(classes, [&](int64_t c, int part, auto count) {
     most[part] = maximum<T>(first_lanes<T>(load_wide(logits + c, count), count, T(-__builtin_inf())), most[part]);
   });
@@ -149,17 +167,17 @@ Compute<S> js(const Row<S>& row) {
   };
   Sum<T> sum_s, sum_t;
   sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
-    const Vec<T> other = log_q_over_p(c, count);
-    sum_s.parts[part] += load(row.q + c) * log_over_mean<T>(-other);
-    sum_t.parts[part] += load(row.p + c) * log_over_mean<T>(other);
+    const OverMean<T> logs = over_mean<T>(log_q_over_p(c, count));
+    sum_s.parts[part] += load(row.q + c) * logs.q;
+    sum_t.parts[part] += load(row.p + c) * logs.p;
   });
   const T total_s = sum_s.total() * of_s, total_t = sum_t.total() * of_t;
   if (row.grad_s || row.grad_t) {
     const T factor = row.temperature * row.weight / T(2);
     sweep<T>(row.classes, [&](int64_t c, int, auto count) {
-      const Vec<T> other = log_q_over_p(c, count);
-      row.store_grads(c, count, load(row.q + c) * (of_s * factor) * (log_over_mean<T>(-other) - total_s),
-                      load(row.p + c) * (of_t * factor) * (log_over_mean<T>(other) - total_t));
+      const OverMean<T> logs = over_mean<T>(log_q_over_p(c, count));
+      row.store_grads(c, count, load(row.q + c) * (of_s * factor) * (logs.q - total_s),
+                      load(row.p + c) * (of_t * factor) * (logs.p - total_t));
     });
   }
   return (total_s + total_t) * row.temperature * row.temperature / T(2);

@@ -103,11 +103,11 @@ inline Vec<SumOf<In>> broadcast_operand(In x) {
 // Row by row, `width` elements of In each: for sums over channels.
 template <class S, class In>
 void pack_rows(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* out, int64_t width) {
-  constexpr int64_t lanes = kLanes<SumOf<In>>;
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t d = 0; d < width; d += lanes) {
-      store_operand(out + n * width + d, load_operand<S, In>(in + n * stride + d * kSteps<In>, head_dim - d * kSteps<In>));
-    }
+  constexpr int64_t lanes = kLanes<SumOf<In>>, taken = lanes * kSteps<In>;
+  for (int64_t n = 0; n < rows; ++n, in += stride, out += width) {
+    int64_t d = 0;
+    for (; d + taken <= head_dim; d += taken) store_operand(out + d / kSteps<In>, load_operand<S, In>(in + d, taken));
+    if (d < head_dim) store_operand(out + d / kSteps<In>, load_operand<S, In>(in + d, head_dim - d));
   }
 }
 
@@ -117,24 +117,33 @@ template <class S, class In>
 void pack_across(const S* in, int64_t stride, int64_t rows, int64_t head_dim, SumOf<In> scale, In* out,
                  int64_t columns) {
   using T = SumOf<In>;
-  constexpr int64_t lanes = kLanes<T>;
+  constexpr int64_t lanes = kLanes<T>, taken = lanes * kSteps<In>;
   const int64_t depth = steps<In>(head_dim);
   for (int64_t n = 0; n < columns; n += lanes) {
     const bool alone = n + 1 >= rows;  // as the class token makes it: one query in a vector of its own
     for (int64_t d = 0; d < depth; d += lanes) {
+      const S* from = in + d * kSteps<In>;
+      const int64_t left = head_dim - d * kSteps<In>;
       Vec<T> block[lanes];
       if (alone) {
         In row[lanes];
-        store_operand(row, load_operand<S, In>(in + (rows - 1) * stride + d * kSteps<In>, head_dim - d * kSteps<In>));
+        store_operand(row, load_operand<S, In>(from + (rows - 1) * stride, left));
+        VITKD_UNROLL
         for (int64_t i = 0; i < lanes; ++i) block[i] = broadcast_operand(row[i]);
       } else {
-        for (int64_t i = 0; i < lanes; ++i) {
-          const int64_t row = n + i < rows ? n + i : rows - 1;
-          block[i] = load_operand<S, In>(in + row * stride + d * kSteps<In>, head_dim - d * kSteps<In>);
-        }
+        const auto fill = [&](auto count) {
+          VITKD_UNROLL
+          for (int64_t i = 0; i < lanes; ++i) {
+            block[i] = load_operand<S, In>(from + (n + i < rows ? n + i : rows - 1) * stride, count);
+          }
+        };
+        if (left >= taken) fill(std::integral_constant<int64_t, taken>{});
+        else fill(left);
         transpose<T>(block);
       }
-      for (int64_t i = 0; i < lanes && d + i < depth; ++i) {
+      VITKD_UNROLL
+      for (int64_t i = 0; i < lanes; ++i) {
+        if (d + i >= depth) break;
         if constexpr (!std::is_same_v<In, Pair>) block[i] *= scale;
         else if (scale < 0) block[i] = (Vec<T>)((typename Lanes<T>::Int)block[i] ^ int32_t(0x80008000));
         store_operand(out + (d + i) * columns + n, block[i]);

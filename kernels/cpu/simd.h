@@ -19,6 +19,15 @@
 #endif
 #endif
 
+// Before a loop over a small array of vectors, whose bounds are constants: gcc keeps such an array in registers only if
+// the loop is gone before it decides where arrays live. Left to itself it unrolls later, and zeroes, stores and reloads
+// the array in memory.
+#if defined(__clang__)
+#define VITKD_UNROLL _Pragma("unroll")
+#else
+#define VITKD_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace vitkd::cpu::VITKD_ISA {
 
 #if defined(__AVX512F__)
@@ -87,18 +96,48 @@ inline Vec<T> interleave_high(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t,
   return shuffle<T>(a, b, std::integer_sequence<int64_t, (I % 2 * kLanes<T> + (kLanes<T> + I) / 2)...>{});
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Squares of two, of four, and then the halves of the registers.
+inline void transpose_eight(Vec<float> (&rows)[8]) {
+  __m256 twos[8], fours[8];
+  VITKD_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    twos[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    twos[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+  }
+  VITKD_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    fours[i] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0x44);
+    fours[i + 1] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0xee);
+    fours[i + 2] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0x44);
+    fours[i + 3] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0xee);
+  }
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = (Vec<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = (Vec<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+#endif
+
 // A square of lanes in place. Interleaving the first half of the rows with the second turns the bits of (row, column) by
 // one; as many turns as a row number has bits exchange the two.
 template <class T>
 inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // where interleaving is two instructions, half as many do
+  if constexpr (sizeof(T) == 4) return transpose_eight(rows);
+#endif
   constexpr std::make_integer_sequence<int64_t, kLanes<T>> lanes{};
   constexpr int64_t half = kLanes<T> / 2;
+  VITKD_UNROLL
   for (int64_t turns = kLanes<T>; turns > 1; turns /= 2) {
     Vec<T> turned[kLanes<T>];
+    VITKD_UNROLL
     for (int64_t i = 0; i < half; ++i) {
       turned[2 * i] = interleave_low<T>(rows[i], rows[i + half], lanes);
       turned[2 * i + 1] = interleave_high<T>(rows[i], rows[i + half], lanes);
     }
+    VITKD_UNROLL
     for (int64_t i = 0; i < kLanes<T>; ++i) rows[i] = turned[i];
   }
 }
@@ -117,8 +156,10 @@ inline T sum(Vec<T> v) {
 
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
-#if defined(__AVX512F__)  // gcc makes a comparison and a blend of the line below
+#if defined(__AVX512F__)  // gcc makes a comparison and a blend of the last line
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
   return a > b ? a : b;
 }
@@ -133,7 +174,17 @@ inline T max(Vec<T> v) {
   return most;
 }
 
-// 2^f for |f| <= 1/2: minimax polynomials, relative error 2e-9, or 3e-6 where the result is rounded to bfloat16 anyway.
+// (2^f - 1) / f for |f| <= 1/2, of a minimax polynomial for 2^f with a relative error of 2e-9.
+inline Vec<float> exp2_slope(Vec<float> f) {
+  Vec<float> p = broadcast(1.53458104e-4f);
+  p = p * f + 1.33999312e-3f;
+  p = p * f + 9.61848896e-3f;
+  p = p * f + 5.55032878e-2f;
+  p = p * f + 2.40226469e-1f;
+  return p * f + 6.93147206e-1f;
+}
+
+// 2^f for |f| <= 1/2; coarse where the result is rounded to bfloat16 anyway, with a relative error of 3e-6.
 template <bool coarse>
 inline Vec<float> exp2_fraction(Vec<float> f) {
   if constexpr (coarse) {
@@ -143,13 +194,7 @@ inline Vec<float> exp2_fraction(Vec<float> f) {
     p = p * f + 6.93121815e-1f;
     return p * f + 9.99999261e-1f;
   }
-  Vec<float> p = broadcast(1.53458104e-4f);
-  p = p * f + 1.33999312e-3f;
-  p = p * f + 9.61848896e-3f;
-  p = p * f + 5.55032878e-2f;
-  p = p * f + 2.40226469e-1f;
-  p = p * f + 6.93147206e-1f;
-  return p * f + 1.0f;
+  return exp2_slope(f) * f + 1.0f;
 }
 
 // 2^x for x <= 0, to the last bit or two unless coarse. NaN stays NaN, below 2^-126 is 0.
@@ -181,6 +226,31 @@ inline Vec<double> exp2(Vec<double> x) {
   const Int bits = (Int)p + ((Int)shifted << 52);
   Vec<double> result = x < -1022.0 ? Vec<double>{} : (Vec<double>)bits;
   return x != x ? x : result;
+}
+
+// e^x - 1 for x <= 0 with a small relative error near 0 too, and none of first order: e^x is a power of two times e^y,
+// and e^y - 1 is y times a Taylor series that begins with 1. NaN stays NaN.
+inline Vec<float> exp_minus_1(Vec<float> x) {
+  using Int = Lanes<float>::Int;
+  x = maximum<float>(broadcast(-20.0f), x);  // less than that is -1
+  const Vec<float> shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const Vec<float> y = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2), whose first part has few bits
+  Vec<float> p = broadcast(1.0f);
+  VITKD_UNROLL
+  for (int k = 8; k >= 2; --k) p = p * y * (1.0f / k) + 1.0f;
+  const Vec<float> power = (Vec<float>)(((Int)shifted << 23) + (127 << 23));
+  return p * y * power + (power - 1.0f);
+}
+
+inline Vec<double> exp_minus_1(Vec<double> x) {
+  using Int = Lanes<double>::Int;
+  x = maximum<double>(broadcast(-40.0), x);
+  const Vec<double> shifted = x * 1.44269504088896340736 + 6755399441055744.0, n = shifted - 6755399441055744.0;
+  const Vec<double> y = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  Vec<double> p = broadcast(1.0);
+  for (int k = 14; k >= 2; --k) p = p * y * (1.0 / k) + 1.0;
+  const Vec<double> power = (Vec<double>)(((Int)shifted << 52) + (int64_t{1023} << 52));
+  return p * y * power + (power - 1.0);
 }
 
 // How tensors are stored. Kernels compute in float (double for double) and round once, on the way out.
@@ -327,6 +397,19 @@ inline void store_narrow(S* p, Vec<Compute<S>> v) {
 #endif
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__AVX2__)
+    __m128i bits;
+    if constexpr (std::is_same_v<S, f16>) {
+      bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+      const __m256i wide = (__m256i)v, odd = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(wide, _mm256_set1_epi32(0x7fff)), odd);
+      const __m256i quiet = _mm256_or_si256(wide, _mm256_set1_epi32(0x400000));
+      const __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+      const __m256i all = _mm256_srli_epi32((__m256i)_mm256_blendv_ps((__m256)rounded, (__m256)quiet, nan), 16);
+      bits = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
 #else
     for (int64_t i = 0; i < kLanes<float>; ++i) p[i] = narrow<S>(v[i]);
 #endif
@@ -348,16 +431,12 @@ inline void store_narrow(S* p, Vec<Compute<S>> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = some[i];
 }
 
-// out[i] = in[i] * scale, widened; the rest up to `padded`, whole vectors, is filled.
+// out[i] = in[i] * scale, rounded once; reads whole vectors.
 template <class S, class T = Compute<S>>
-inline void unpack(const S* in, int64_t n, T scale, T* out, int64_t padded, T fill) {
-  for (int64_t i = 0; i < padded; i += kLanes<T>) store(out + i, load_wide(in + i, n - i) * scale);
-  for (int64_t i = n; i < padded; ++i) out[i] = fill;
-}
-
-template <class S, class T = Compute<S>>
-inline void pack(const T* in, int64_t n, T scale, S* out) {  // reads whole vectors
-  for (int64_t i = 0; i < n; i += kLanes<T>) store_narrow(out + i, load(in + i) * scale, n - i);
+inline void pack(const T* in, int64_t n, T scale, S* out) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store_narrow(out + i, load(in + i) * scale);
+  if (i < n) store_narrow(out + i, load(in + i) * scale, n - i);
 }
 
 }  // namespace vitkd::cpu::VITKD_ISA
