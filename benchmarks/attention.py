@@ -57,7 +57,7 @@ DIRECTIONS = {"forward": (forward_of, 4, 4), "forward+backward": (forward_backwa
 
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--shapes", nargs="+", type=shape, metavar="B,H,N,D", help="of the issue's tables by default")
+    options.add_argument("--shapes", nargs="+", type=shape, metavar="B,H,N,D", help="by default the floors' and more")
     arguments, measured = start(options)
     rows: list[Row] = []
     for name in dtypes(arguments):
@@ -144,7 +144,7 @@ def run_case(size: tuple[int, ...], name: str, measured: Limits, arguments) -> l
         measure(group, inputs, arguments)
         for row, *_ in group:
             rate(row, size, name, measured, arguments.device)
-            row.chosen = arguments.device == "cuda" and row.contender == chosen_for(size, name)
+            row.chosen = row.contender == chosen_for(size, name) if arguments.device == "cuda" else row.ours
             rows.append(row)
     return rows
 

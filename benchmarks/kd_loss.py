@@ -38,7 +38,7 @@ TEMPERATURE = 4.0
 def main() -> int:
     options = parser(__doc__)
     options.add_argument(
-        "--shapes", nargs="+", type=shape, metavar="ROWS,CLASSES", help="those of the issues by default"
+        "--shapes", nargs="+", type=shape, metavar="ROWS,CLASSES", help="by default the floors' and more"
     )
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=["kl"])
     arguments, measured = start(options)
@@ -133,7 +133,7 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
             if row.median:
                 row.gbytes = passes * count * classes * DTYPES[name].itemsize / row.median / 1e3
                 row.share = row.gbytes / measured.copy
-            row.chosen = arguments.device == "cuda" and row.contender == chosen_for(size, name)
+            row.chosen = row.contender == chosen_for(size, name) if arguments.device == "cuda" else row.ours
             rows.append(row)
     return rows
 
