@@ -52,18 +52,20 @@ def _is_precise(dtype, block):
 
 @triton.jit
 def _log_half_1p(x):
-    """log((1 + x) / 2) for x in [0, 1], within 1e-7, and exactly 0 at 1.
+    """log((1 + x) / 2) for x in [0, 1], to a relative 1e-7, and exactly 0 at 1.
 
-    The polynomial is that of least absolute error for log(1 + y / 2) on [-1, 0]: 9 instructions where log takes 20.
+    The polynomial in y = x - 1 is that of least relative error on [-1, 0] among those that begin with y / 2, for what
+    is left of js when networks agree is of second order, and end on log(1 / 2), where they have nothing in common: 9
+    instructions where log takes 20.
     """
     y = x - 1.0
-    result = -0.0059933584 * y - 0.013658599
-    result = result * y - 0.020256097
-    result = result * y - 0.0050757749
-    result = result * y - 0.01966631
-    result = result * y + 0.04090138
-    result = result * y - 0.12506606
-    result = result * y + 0.49999831
+    result = -0.0047722305 * y - 0.0088950917
+    result = result * y - 0.01279169
+    result = result * y + 0.00091420556
+    result = result * y - 0.017072868
+    result = result * y + 0.041483507
+    result = result * y - 0.12500778
+    result = result * y + 0.5
     return result * y
 
 

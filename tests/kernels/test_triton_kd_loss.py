@@ -37,7 +37,7 @@ def rows_for(classes):
     """Enough that the largest error is a property of the arithmetic: below a few thousand logits it is luck."""
     if not INTERPRETED:
         return 256
-    return 32 if classes <= 100 else 16 if classes <= 1025 else 6
+    return min(64, 4096 // classes) if classes <= 100 else 16 if classes <= 1025 else 6
 
 
 def check(student, teacher, kind, temperature=1.0):
