@@ -97,7 +97,7 @@ template <class In, int R, int V>
 void gemm_tile(const Gemm<In>& g, int64_t row, int64_t column) {
   using T = SumOf<In>;
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row, c_row = g.c_row;  // nothing stored below changes them
+  const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row, c_row = g.c_row;  // no store below changes them
   const In* a = g.a + row * a_row;
   const In* b = g.b + column;
   T* c = g.c + row * c_row + column;
@@ -154,7 +154,7 @@ void gemm_panel(const Gemm<In>& g, int64_t column, int vectors) {
 }
 
 // In panels of about 64 terms: one running sum over 577 of them has 1.5 times the error of torch's product in float32,
-// panels have 0.9 times. A panel of B takes some 16 KB. No more panels than need be, for each reads and writes all of C.
+// panels have 0.9 times. A panel of B takes some 16 KB. As few as will do, for each reads and writes all of C.
 template <class In>
 void gemm(Gemm<In> g) {
   constexpr int64_t lanes = kLanes<SumOf<In>>;

@@ -58,8 +58,8 @@ struct OverMean {
   Vec<T> q, p;
 };
 
-// ... from log q - log p alone. Where the two nearly agree, what is left of both sides of js is second order in this; so
-// the ratio is kept as its distance from 1, which is exact there.
+// ... from log q - log p alone. Where the two nearly agree, what is left of both sides of js is second order in this;
+// so the ratio is kept as its distance from 1, which is exact there.
 template <class T>
 inline OverMean<T> over_mean(Vec<T> log_ratio) {
   const Vec<T> zero = {}, above = log_ratio > zero ? log_ratio : zero, below = log_ratio > zero ? zero : log_ratio;
