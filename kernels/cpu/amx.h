@@ -72,8 +72,10 @@ inline void turn(const Pair* a, int64_t a_col, int64_t rows, int64_t depth, Pair
   for (int64_t r = 0; r < rows; r += kTile) {
     for (int64_t k = 0; k < depth; k += kTile) {
       Vec<float> block[kTile];
+      VITKD_UNROLL
       for (int64_t i = 0; i < kTile; ++i) block[i] = load(reinterpret_cast<const float*>(a + (k + i) * a_col + r));
       transpose<float>(block);
+      VITKD_UNROLL
       for (int64_t i = 0; i < kTile; ++i) store(reinterpret_cast<float*>(out + (r + i) * kAmxDepth + k), block[i]);
     }
   }
