@@ -25,33 +25,36 @@ def _both(case: str, *floor, against: str = "") -> Floor:
     return Floor(case, "forward+backward", *floor, against=against)
 
 
+def _kd_loss(case: str, eager: tuple, compiled: float) -> list[Floor]:
+    return [_both(case, *eager, against="-torch.compile"), _both(case, compiled, against="torch.compile")]
+
+
+_CPU = [
+    *_attention("float32", (1.5,), (1.6, 0.60), "32,3,197,64", "32,6,197,64"),
+    *_attention("float32", (), (1.8,), "64,3,65,64", "64,3,50,64"),
+    *_attention("float32", (), (2.0,), "64,4,17,32"),
+    *_kd_loss("float32 kl 256x1000", (4.0,), 1.5),
+    _both("float32 deit_tiny 224", 1.05),
+    _both("float32 vit_tiny 32/4", 1.1),
+]
+
 FLOORS = {
     "cuda": [
         *_attention("bfloat16", (1.5, 0.70), (1.7, 0.55), "256,6,197,64", "256,3,197,64", "256,12,197,64"),
         *_attention("bfloat16", (2.0,), (2.5,), "1024,3,65,64", "1024,3,50,64"),
         *_attention("bfloat16", (1.3,), (1.4,), "256,6,257,64"),
-        _both("bfloat16 kl 256x1000", 5.0, against="-torch.compile"),
-        _both("bfloat16 kl 256x1000", 1.5, against="torch.compile"),
-        _both("bfloat16 kl 4096x1000", 5.0, 0.80, against="-torch.compile"),
-        _both("bfloat16 kl 4096x1000", 1.5, against="torch.compile"),
+        *_kd_loss("bfloat16 kl 256x1000", (5.0,), 1.5),
+        *_kd_loss("bfloat16 kl 4096x1000", (5.0, 0.80), 1.5),
     ],
-    "cpu": [
-        *_attention("float32", (1.5,), (1.6, 0.60), "32,3,197,64", "32,6,197,64"),
-        *_attention("float32", (), (1.8,), "64,3,65,64", "64,3,50,64"),
-        *_attention("float32", (), (2.0,), "64,4,17,32"),
-        _both("float32 kl 256x1000", 4.0, against="-torch.compile"),
-        _both("float32 kl 256x1000", 1.5, against="torch.compile"),
-        _both("float32 deit_tiny 224", 1.05),
-        _both("float32 vit_tiny 32/4", 1.1),
-    ],
+    "cpu": _CPU,
     "cpu with AMX": [
+        *_CPU,
         *_attention("bfloat16", (2.0,), (2.5, 0.30), "32,3,197,64", "32,6,197,64"),
         *(_both(f"bfloat16 {shape}", 6.0, against="sdpa") for shape in ("32,3,197,64", "32,6,197,64")),
         *_attention("bfloat16", (), (2.5,), "64,3,65,64", "64,3,50,64"),
         *(_both(f"bfloat16 {shape}", 15.0, against="sdpa") for shape in ("64,3,65,64", "64,3,50,64")),
         *_attention("bfloat16", (), (3.0,), "64,4,17,32"),
-        _both("bfloat16 kl 256x1000", 4.0, against="-torch.compile"),
-        _both("bfloat16 kl 256x1000", 1.5, against="torch.compile"),
+        *_kd_loss("bfloat16 kl 256x1000", (4.0,), 1.5),
         _both("bfloat16 deit_tiny 224", 1.4),
         _both("bfloat16 vit_tiny 32/4", 1.7),
     ],
@@ -61,7 +64,7 @@ FLOORS = {
 def lines(rows: Iterable, machine: str, share_of: str) -> list[str]:
     """One line for each floor of that machine whose case was measured: what was reached, and whether that is enough."""
     found = []
-    for floor in FLOORS["cpu"] + FLOORS[machine] if machine == "cpu with AMX" else FLOORS[machine]:
+    for floor in FLOORS[machine]:
         here = [row for row in rows if (row.case, row.direction) == (floor.case, floor.direction)]
         chosen = next((row for row in here if row.chosen), None)
         if chosen is not None:

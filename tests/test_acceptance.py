@@ -73,9 +73,7 @@ def test_float32_on_a_cpu_is_held_to_a_share_of_a_matrix_product(acceptance):
         assert "NOT MET: vitkd native 1.70x of 1.6x over sdpa flash, 59% of 60% of GEMM" in line
 
 
-@pytest.mark.parametrize(
-    "machine, floors", [("cuda", 12 + 4), ("cpu", 7 + 2 + 2), ("cpu with AMX", 4 + 2 + 2 + 2 + 1 + 2 + 2)]
-)
+@pytest.mark.parametrize("machine, floors", [("cuda", 12 + 4), ("cpu", 11), ("cpu with AMX", 11 + 15)])
 def test_every_row_of_the_table_is_there(acceptance, machine, floors):
     found = acceptance.FLOORS[machine]
     assert len({(floor.case, floor.direction, floor.against) for floor in found}) == len(found) == floors

@@ -52,7 +52,7 @@ def _is_precise(dtype, block):
 
 @triton.jit
 def _log_half_1p(x):
-    """log((1 + x) / 2) for x in [0, 1], to a relative 1e-7, and exactly 0 at 1.
+    """log((1 + x) / 2) for x in [0, 1], to a relative 1e-7 and its roundings, and exactly 0 at 1.
 
     The polynomial in y = x - 1 is that of least relative error on [-1, 0] among those that begin with y / 2, for what
     is left of js when networks agree is of second order, and end on log(1 / 2), where they have nothing in common: 9

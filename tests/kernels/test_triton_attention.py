@@ -191,13 +191,13 @@ def test_close_scores_of_ten_thousand(tokens, dtype):
 def test_log_sum_exp_below_minus_90(tokens, dtype):
     """Padded keys score 0 where every real one scores -200 or less: weighing them would overflow, not just err.
 
-    Steps of 1/128 make every score exact in float32, in whatever order it is summed: of sums that large, the order
-    alone would decide how far from the formula's the weights are. They also keep weights from being nearly 0 and 1,
-    where whether delta is one rounding off or two decides. A query's gradients err together, by what its weights'
-    gradients miss 0 by in sum; so it takes hundreds of queries for the largest error to be no luck.
+    Steps of 1/32, in float32 1/128, make every score exact in float32, in whatever order it is summed: of sums that
+    large, the order alone would decide how far from the formula's the weights are. The finer ones also keep weights
+    from being nearly 0 and 1, where whether delta is one rounding off or two decides. A query's gradients err together,
+    by what its weights' gradients miss 0 by in sum; so it takes hundreds of queries for the largest not to be luck.
     """
     qkv, grad_out = draw(600 // tokens if INTERPRETED else 16, tokens, 1, 32, dtype)
-    steps = (qkv[:, :, :2] * 2).round() / 128
+    steps = (qkv[:, :, :2] * 2).round() / (128 if dtype is torch.float32 else 32)
     qkv[:, :, 0], qkv[:, :, 1] = 4 + steps[:, :, 0], -4 + steps[:, :, 1]
     assert torch.logsumexp(attention_scores(qkv), -1).max() < -90
     check(qkv, grad_out, scale=1.0)
