@@ -17,14 +17,17 @@ from environment import find_torch
 TORCH_TARGET = "0x020a000000000000"
 
 # Every CPU kernel is compiled once per instruction set, into a namespace of that name; dispatch.cpp chooses. The sets of
-# BFLOAT16 have instructions for bfloat16 products, and compile only what uses them.
+# BFLOAT16 have instructions for bfloat16 products, and compile only what uses them. EMULATED names the parts of a set
+# that tests/kernels/cpu has in plain C++, for a CPU that ends at AVX2.
 INSTRUCTION_SETS = {"portable": ""}
 BFLOAT16 = {}
+EMULATED: dict[str, tuple[str, ...]] = {}
 if platform.machine() in ("x86_64", "AMD64"):
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": avx512}
     avx512_bf16 = f"{avx512} -mavx512bf16"
     BFLOAT16 |= {"avx512_bf16": avx512_bf16, "amx": f"{avx512_bf16} -mamx-tile -mamx-bf16"}
+    EMULATED |= {"avx512": ("avx512",), "avx512_bf16": ("avx512", "bf16"), "amx": ("avx512", "bf16", "amx")}
 ONCE = ("dispatch.cpp", "isa.cpp")
 
 # Ampere, Ada (which runs code for 8.6), Hopper, Blackwell; PTX for what comes after.
@@ -61,7 +64,7 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
 
     cpu = Library(f"{cxx} -shared", torch_library)
     cpu.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cpu -DVITKD_KEY=CPU") for path in csrc]
-    kernels = cpu_kernels(root)
+    kernels = cpu_kernels(root, emulated=os.environ.get("VITKD_EMULATED") == "1")
     cpu.objects += [("cxx", path, flags) for path, flags in kernels]
     found = {"_C_cpu": cpu}
 
@@ -93,18 +96,26 @@ def accepts(cxx: str, flags: str) -> bool:
     return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def cpu_kernels(root: Path) -> list[tuple[Path, str]]:
-    """The sources of the CPU kernels, each as often as it is compiled, with its flags."""
+def cpu_kernels(root: Path, emulated: bool = False) -> list[tuple[Path, str]]:
+    """The sources of the CPU kernels, each as often as it is compiled, with its flags.
+
+    `emulated` compiles every set for AVX2 and what it lacks as plain C++; VITKD_EMULATED=1 builds such a library.
+    """
     cxx = os.environ.get("CXX", "c++")
-    bfloat16 = {name: flags for name, flags in BFLOAT16.items() if accepts(cxx, flags)}
-    have = " ".join(f"-DVITKD_HAVE_{name.upper()}" for name in bfloat16)
+    sets = INSTRUCTION_SETS | {name: flags for name, flags in BFLOAT16.items() if accepts(cxx, flags)}
+    if emulated:
+        folder = root / "tests/kernels/cpu"
+        for name, parts in EMULATED.items():
+            sets[name] = " -include ".join([sets["avx2"], *(f"{folder}/{part}_emulated.h" for part in parts)])
+    known = " ".join(f"-DVITKD_HAVE_{name.upper()}" for name in BFLOAT16 if name in sets)
     found = []
     for path in sorted((root / "kernels/cpu").glob("*.cpp")):
         if path.name in ONCE:
-            found.append((path, have))
-        else:
-            sets = INSTRUCTION_SETS | (bfloat16 if path.name == "attention.cpp" else {})
-            found += [(path, f"-DVITKD_ISA={name} {flags}") for name, flags in sets.items()]
+            found.append((path, f"{known} -DVITKD_EMULATED" if emulated else known))
+            continue
+        for name, flags in sets.items():
+            if name in INSTRUCTION_SETS or path.name == "attention.cpp":
+                found.append((path, f"-DVITKD_ISA={name} {flags}"))
     return found
 
 

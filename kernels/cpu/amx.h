@@ -6,10 +6,6 @@
 
 #include "gemm.h"
 
-#if defined(VITKD_AMX_EMULATED)  // the tests' tiles, for machines without
-#include VITKD_AMX_EMULATED
-#endif
-
 namespace vitkd::cpu::VITKD_ISA {
 
 // The shape of all eight tiles, for the thread that made it and as long as it lives.

@@ -6,7 +6,7 @@
 
 #include "gemm.h"
 
-#if defined(__AMX_BF16__) || defined(VITKD_AMX_EMULATED)
+#if defined(__AMX_BF16__)
 #define VITKD_AMX 1
 #include "amx.h"
 #endif

@@ -1,5 +1,8 @@
 // AMX's tile instructions in plain C++, for the amx kernels on a machine without: what Intel's manual says they do.
+// Included before all else.
 #pragma once
+
+#include <immintrin.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -85,3 +88,4 @@ inline void dpbf16ps(int sums, int rows, int columns) {
 #define _tile_loadd amx_emulated::load
 #define _tile_stored amx_emulated::store
 #define _tile_dpbf16ps amx_emulated::dpbf16ps
+#define __AMX_BF16__ 1
