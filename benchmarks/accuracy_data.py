@@ -1,4 +1,5 @@
-"""The data sets of the accuracy benchmark: scikit-learn's digits; MNIST and CIFAR-10 from files that the user has.
+"""The data sets of the accuracy benchmark: scikit-learn's digits; MNIST and CIFAR-10 from files that the user has, the
+latter also at half its size.
 
 Nothing is downloaded. `--data-dir` is a folder with one of the forms below, or an .npz file itself.
 """
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -80,6 +82,9 @@ def read(name: str, folder: Path | None = None) -> Data:
     """
     if name == "digits":
         return digits()
+    if name == "cifar16":
+        full = read("cifar10", folder)
+        return Data(name, halved(full.train), halved(full.test))
     if folder is None:
         raise FileNotFoundError(f"{name} is read from files that you have; pass --data-dir, with {FORMS[name]}.")
     if not folder.exists():
@@ -90,6 +95,12 @@ def read(name: str, folder: Path | None = None) -> Data:
             x_train, y_train, x_test, y_test = arrays
             return Data(name, _labelled(x_train, y_train, f"{name} train"), _labelled(x_test, y_test, f"{name} test"))
     raise FileNotFoundError(f"--data-dir {folder} holds no {name}; accepted: {FORMS[name]}.")
+
+
+def halved(full: Labelled) -> Labelled:
+    """Every 2×2 pixels as their mean."""
+    images = [F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in full.images.split(10_000)]
+    return Labelled(torch.cat(images), full.labels, full.top)
 
 
 def digits() -> Data:

@@ -85,6 +85,7 @@ FLOORS: dict[str, tuple[tuple[Callable[[Result, float], Verdict], float], ...]] 
         (within_of_teacher, 0.6),
         (minutes, 45),
     ),
+    "cifar16": ((times_smaller, 6), (within_of_real_kd, 3.0)),
     "cifar10": (
         *((teacher_reaches, 90.0), (times_smaller, 4), (within_of_real_kd, 5.0), (ahead_of_peers, 3.0)),
         (minutes, 20),

@@ -134,6 +134,17 @@ TASKS = {
         batch_size=128,
         width=64,
     ),
+    # CIFAR-10 at 16×16: photographs for a CPU. 16 patches of 4×4; 677 thousand weights and 102 thousand.
+    "cifar16": Task(
+        side=16,
+        channels=3,
+        teacher={"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
+        student={"patch_size": 4, "embed_dim": 40, "depth": 5, "num_heads": 5},
+        recipe=Recipe(8000, 128, 2e-3, Augmentation(rotate=0.1, scale=0.15, shift=0.1, flip=True, colour=0.2)),
+        steps=10_000,
+        batch_size=128,
+        width=64,
+    ),
     # 64 patches of 4×4; 12.5 million weights and 2.7 million. 200 epochs for the teacher: a matter for a GPU.
     "cifar10": Task(
         side=32,

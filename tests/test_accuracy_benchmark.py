@@ -470,6 +470,15 @@ def test_cifar_planes(tmp_path):
     assert_holds(accuracy_data.read("cifar10", tmp_path), X.transpose(0, 3, 1, 2), Y)
 
 
+def test_photographs_for_a_cpu_are_cifar10_at_half_its_size(tmp_path):
+    write_batches(tmp_path / "cifar-10-batches-py")
+    whole, half = (accuracy_data.read(name, tmp_path) for name in ("cifar10", "cifar16"))
+    assert half.test.images.shape[1:] == (3, 16, 16)
+    corner = whole.train.images[0, :, :2, :2].float().mean((1, 2))
+    assert half.train.images[0, :, 0, 0].tolist() == corner.round().tolist()
+    assert half.train.labels.equal(whole.train.labels) and len(half.test) == len(whole.test)
+
+
 def test_what_cannot_be_read_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="pass --data-dir, with mnist"):
         accuracy_data.read("mnist")
