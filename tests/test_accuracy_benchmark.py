@@ -1,140 +1,32 @@
-"""benchmarks/accuracy.py: its readers, its runs and verdicts; and that a data-free method has no way to any data."""
+"""benchmarks/accuracy.py: its runs, reports and verdicts."""
 
 import argparse
 import contextlib
-import gzip
-import inspect
 import json
-import lzma
-import pickle
-import struct
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from no_data import no_data
+from tiny import digit_vit
 
-from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
-from vitkd_fast.generator import GENERATORS, SUPPLIED, GeneratorSettings
+from vitkd_fast.generator import SUPPLIED
 from vitkd_fast.methods import METHODS
-from vitkd_fast.models import image_spec
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
-import accuracy_data
 import accuracy_floors
 import accuracy_learning
 import accuracy_models
-import accuracy_pair
 import accuracy_report
 import accuracy_runs
-
-ON_DISK = (".py", ".pyc", "METADATA")  # code that is imported late, and what says its version
-
-
-class TouchedError(AssertionError):
-    """Something was read that distillation has no business reading."""
-
-
-_armed = False
-
-
-def _watch(event, arguments):
-    if not _armed:
-        return
-    if event == "open":
-        path, mode, _ = arguments
-        if not (isinstance(path, str | bytes | Path) and str(path).endswith(ON_DISK)) and "w" not in (mode or ""):
-            raise TouchedError(f"open {path!r}")
-    elif event in ("socket.connect", "subprocess.Popen"):
-        raise TouchedError(event)
-
-
-sys.addaudithook(_watch)  # sees every open(), os.open(), np.load(), whoever calls it; it cannot be taken off again
-
-
-@contextlib.contextmanager
-def no_data():
-    """Inside, reading a file, connecting to anything, starting a process or iterating a DataLoader raises."""
-    global _armed
-
-    def refuse(*_, **__):
-        raise TouchedError("a DataLoader")
-
-    loader = torch.utils.data.DataLoader
-    iterate, loader.__iter__, _armed = loader.__iter__, refuse, True
-    try:
-        yield
-    finally:
-        loader.__iter__, _armed = iterate, False
-
-
-def small_vit(embed_dim=16, depth=2):
-    with torch.random.fork_rng([]):
-        torch.manual_seed(embed_dim)
-        return accuracy_models.vit(8, 1, {"patch_size": 4, "embed_dim": embed_dim, "depth": depth, "num_heads": 2})
-
-
-def test_the_trap_catches_every_way_to_data(tmp_path):
-    from sklearn.datasets import load_digits
-
-    np.savez(tmp_path / "data.npz", x=np.zeros(3))
-    torch.save({}, tmp_path / "data.pt")
-    ways = (
-        lambda: np.load(tmp_path / "data.npz"),
-        lambda: torch.load(tmp_path / "data.pt"),
-        lambda: (tmp_path / "data.npz").read_bytes(),
-        lambda: gzip.open(tmp_path / "data.npz"),
-        lambda: load_digits(),
-        lambda: accuracy_data.read("digits"),
-        lambda: accuracy_data.read("mnist", tmp_path / "data.npz"),
-        lambda: list(torch.utils.data.DataLoader([1, 2])),
-    )
-    for way in ways:
-        way_name = inspect.getsource(way)
-        with no_data(), pytest.raises(TouchedError):
-            way()
-            pytest.fail(f"got through: {way_name}")
-    assert list(torch.utils.data.DataLoader([1, 2])) and len(load_digits().target) == 1797
-
-
-@pytest.mark.parametrize("method", list(METHODS))
-def test_distill_reads_no_data(method):
-    options = {"steps": 4, "batch_size": 8, "width": 16, "generator_steps": 2, "student_steps": 2, "progress": False}
-    distill(small_vit(), small_vit(8, 1), method=method, **options)  # imports what it imports
-    with no_data():
-        result = distill(small_vit(), small_vit(8, 1), method=method, **options)
-    assert result.report.steps == 4 and result.report.teacher_accuracy is None
-
-
-def test_no_argument_but_evaluate_takes_images(tmp_path):
-    assert list(inspect.signature(distill).parameters) == ["teacher", "student", "evaluate", "options"]
-    images = torch.rand(8, 1, 8, 8)
-    for field in fields(Config):
-        for given in (images, [images], {"images": images}, torch.utils.data.DataLoader(images)):
-            with pytest.raises((TypeError, ValueError)):  # all other fields have their defaults
-                Config(**{field.name: given})
-    torch.save({"images": images}, tmp_path / "images.pt")
-    with pytest.raises(ValueError, match="teacher_checkpoint goes with a teacher given by name"):
-        distill(small_vit(), small_vit(8, 1), teacher_checkpoint=tmp_path / "images.pt", progress=False)
-
-
-def test_evaluating_on_digits_changes_no_weight():
-    held = accuracy_data.read("digits").test
-    batch = (held.pixels(slice(0, 100)) * 2 - 1, held.labels[:100])
-    students = []
-    for evaluate in (None, [batch]):
-        options = {"steps": 5, "batch_size": 8, "width": 16, "progress": False}
-        result = distill(small_vit(), small_vit(8, 1), evaluate=evaluate, **options)
-        students.append(accuracy_models.digest(result.student))
-        assert (result.report.student_accuracy is None) == (evaluate is None)
-    assert students[0] == students[1]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +55,7 @@ def bench(tmp_path_factory):
         records = sorted((folder / "results").glob("accuracy-digits-*.json"), key=lambda file: file.stat().st_mtime)
         return status, list(calls), json.loads(records[-1].read_text()), folder
 
-    distill(small_vit(), small_vit(8, 1), steps=2, batch_size=8, width=16, progress=False)
+    distill(digit_vit(), digit_vit(8, 1), steps=2, batch_size=8, width=16, progress=False)
     return run, run()
 
 
@@ -292,207 +184,3 @@ def test_with_matplotlib_there_is_a_plot(tmp_path):
     found = {"best": accuracy_report.Outcome("best", [98.0, 98.4], [97.0, 97.5], [9.0, 9.5], [100.0, 101.0])}
     told = accuracy_report.plot(argparse.Namespace(out=tmp_path, data="digits"), 99.0, found)
     assert (tmp_path / "accuracy-digits.png").read_bytes().startswith(b"\x89PNG") and told.startswith("plot: ")
-
-
-def test_a_given_teacher_is_loaded_strictly_with_its_own_normalisation(tmp_path):
-    from safetensors.torch import save_file
-
-    sizes = {"patch_size": 4, "embed_dim": 14, "depth": 1, "num_heads": 2, "final_norm": False}
-    model = accuracy_models.vit(8, 1, sizes)
-    told = {"img_size": 8, "in_chans": 1, "num_classes": 10, **sizes, "norm_eps": 1e-5, "mean": [0.13], "std": [0.31]}
-    (tmp_path / "other.json").write_text(json.dumps(told))
-    with pytest.raises(FileNotFoundError, match="no weights beside"):
-        accuracy_models.given_teacher(tmp_path / "other.json")
-    save_file(model.state_dict(), tmp_path / "other.safetensors")
-    given = accuracy_models.given_teacher(tmp_path / "other.json")
-    assert accuracy_models.digest(given) == accuracy_models.digest(model) and not given.training
-    assert given.blocks[0].norm1.eps == 1e-5
-    spec = image_spec(given, Config())
-    assert spec.mean == (0.13,) and spec.std == (0.31,)
-    pixels = torch.rand(4, 1, 8, 8)
-    assert torch.allclose(spec.normalised(pixels), (pixels - 0.13) / 0.31)
-    (tmp_path / "other.json").write_text(json.dumps({**told, "depth": 2}))
-    with pytest.raises(ValueError, match=r"missing: blocks\.1"):
-        accuracy_models.given_teacher(tmp_path / "other.json")
-
-
-def test_a_given_resnet_may_lack_the_counts_of_its_batchnorms(tmp_path):
-    model = accuracy_models.ResNet(8)
-    state = {f"module.{name}": value for name, value in model.state_dict().items() if "num_batches" not in name}
-    torch.save({"state_dict": state, "best_prec1": 93.0}, tmp_path / "resnet.th")
-    (tmp_path / "resnet.json").write_text(
-        json.dumps({"architecture": "resnet", "depth": 8, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]})
-    )
-    given = accuracy_models.given_teacher(tmp_path / "resnet.json")
-    assert accuracy_models.digest(given) == accuracy_models.digest(model)
-    assert image_spec(given, Config()).mean == (0.5, 0.4, 0.3)
-
-
-def test_resnets_have_the_published_sizes():
-    assert accuracy_models.parameters(accuracy_models.ResNet(20)) == 269_722
-    assert accuracy_models.parameters(accuracy_models.ResNet(56)) == 853_018
-
-
-@pytest.mark.parametrize("name", list(accuracy_models.TASKS))
-def test_students_are_as_small_as_they_must_be(name):
-    task = accuracy_models.TASKS[name]
-    teacher, student = (accuracy_models.vit(task.side, task.channels, size) for size in (task.teacher, task.student))
-    ratio = accuracy_models.parameters(teacher) / accuracy_models.parameters(student)
-    assert ratio >= (4 if name == "cifar10" else 6)
-
-
-def test_real_images_are_a_generator_inside_and_unknown_outside():
-    data = accuracy_data.Labelled(torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8), torch.arange(5), 16)
-    spec = image_spec(small_vit(), Config())
-    with accuracy_models.real_images(data, accuracy_models.Augmentation()) as name:
-        made = GENERATORS[name](spec, GeneratorSettings()).sample(40)
-    known = spec.normalised(data.pixels(slice(None))).flatten(1)
-    assert torch.cdist(made.flatten(1), known).amin(1).max() < 1e-5
-    assert SUPPLIED not in GENERATORS
-
-
-def test_augmentations_stay_in_range_and_do_what_they_are_called():
-    pixels = torch.zeros(64, 3, 16, 16)
-    pixels[:, :, 4:12, 2:8] = 0.8
-    strong = accuracy_models.Augmentation(rotate=0.3, scale=0.2, shift=0.1, flip=True, colour=0.4, erase=0.5)
-    changed = strong(pixels)
-    assert changed.shape == pixels.shape and changed.min() >= 0 and changed.max() <= 1
-    assert (changed - pixels).abs().amax((1, 2, 3)).min() > 0
-    assert torch.equal(accuracy_models.Augmentation()(pixels), pixels)
-    mirrored = accuracy_models.Augmentation(flip=True)(pixels)
-    flipped = [torch.allclose(one, pixels[0].flip(-1), atol=1e-5) for one in mirrored]
-    assert 10 < sum(flipped) < 54
-    assert all(flip or torch.allclose(one, pixels[0], atol=1e-5) for flip, one in zip(flipped, mirrored))
-    moved = accuracy_models.Augmentation(shift=0.25)(pixels)
-    centre = (moved.sum((1, 2)) * torch.arange(16)).sum(1) / moved.sum((1, 2, 3))
-    assert 1.5 < centre.max() - centre.min() < 8.1
-
-
-def test_cutmix_takes_its_share_from_the_neighbour():
-    torch.manual_seed(0)
-    pixels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 10, 10)
-    mixed, others, share = accuracy_models.cut_and_mixed(pixels, torch.arange(4))
-    assert others.tolist() == [3, 0, 1, 2] and 0 <= share < 1
-    assert torch.allclose((mixed == pixels).float().mean((1, 2, 3)), torch.tensor(share))
-    assert set(mixed[1].unique().tolist()) <= {0.0, 1.0}
-
-
-def test_training_on_labels_learns_and_leaves_the_random_state():
-    data = accuracy_data.read("digits").train
-    model = small_vit(32, 1)
-    spec, before = image_spec(model, Config()), torch.get_rng_state()
-    recipe = accuracy_models.Recipe(150, 64, 4e-3, accuracy_models.Augmentation(shift=0.05))
-    assert accuracy_models.train_on_labels(model, data, spec, recipe, seed=0) > 0
-    assert torch.equal(torch.get_rng_state(), before) and not model.training
-    found = accuracy_pair.predictions(model, data, spec)
-    assert (found == data.labels).float().mean() > 0.8
-
-
-X = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
-Y = np.arange(24) % 10
-
-
-def assert_holds(data, images, labels):
-    """All but the last four as training data, in the order that they were written."""
-    assert torch.equal(torch.cat([data.train.images, data.test.images]), torch.from_numpy(images.copy()))
-    assert torch.cat([data.train.labels, data.test.labels]).tolist() == list(labels) and len(data.test) == 4
-
-
-@pytest.mark.parametrize(
-    "images", [X, X.transpose(0, 3, 1, 2), X[..., :1], X[..., 0]], ids=["nhwc", "nchw", "n1", "nhw"]
-)
-def test_npz_of_any_layout(tmp_path, images):
-    file = tmp_path / "some.npz"
-    np.savez(file, x_train=images[:20], y_train=Y[:20, None], x_test=images[20:], y_test=Y[20:])
-    expected = images[:, None] if images.ndim == 3 else X[..., :1].transpose(0, 3, 1, 2) if images.shape[-1] == 1 else X
-    expected = X.transpose(0, 3, 1, 2) if expected is X else expected
-    for place in (tmp_path, file):
-        assert_holds(accuracy_data.read("cifar10", place), expected, Y)
-
-
-@pytest.mark.parametrize("dot, packed", [("-", True), (".", False)])
-def test_idx_files(tmp_path, dot, packed):
-    def write(name, array):
-        raw = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-        (tmp_path / f"{name}-ubyte{'.gz' if packed else ''}").write_bytes(gzip.compress(raw) if packed else raw)
-
-    for part, chosen in (("train", slice(20)), ("t10k", slice(20, None))):
-        write(f"{part}-images{dot}idx3", X[chosen, :28, :28, 0])
-        write(f"{part}-labels{dot}idx1", Y[chosen])
-    assert_holds(accuracy_data.read("mnist", tmp_path), X[:, None, :28, :28, 0], Y)
-
-
-def test_idx_files_that_are_cut_off_are_refused(tmp_path):
-    file = tmp_path / "train-images-idx3-ubyte"
-    file.write_bytes(struct.pack(">HBB3I", 0, 8, 3, 2, 28, 28) + bytes(100))
-    with pytest.raises(ValueError, match="cut off"):
-        accuracy_data.idx(file)
-    file.write_bytes(b"<html>")
-    with pytest.raises(ValueError, match="not an idx file"):
-        accuracy_data.idx(file)
-
-
-def write_batches(folder):
-    folder.mkdir()
-    planes = X.transpose(0, 3, 1, 2).reshape(24, -1)
-    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        part = slice(4 * i, 4 * i + 4)
-        batch = {b"data": planes[part], b"labels": Y[part].tolist(), b"filenames": [b"a.png"] * 4}
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-
-
-def test_cifar_batches(tmp_path):
-    write_batches(tmp_path / "cifar-10-batches-py")
-    for place in (tmp_path, tmp_path / "cifar-10-batches-py"):
-        assert_holds(accuracy_data.read("cifar10", place), X.transpose(0, 3, 1, 2), Y)
-
-
-def test_a_batch_that_runs_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
-
-    write_batches(tmp_path / "cifar-10-batches-py")
-    (tmp_path / "cifar-10-batches-py/data_batch_3").write_bytes(pickle.dumps({b"data": Evil()}, protocol=2))
-    with pytest.raises(ValueError, match=r"arrays and lists; this file wants .*exec"):
-        accuracy_data.read("cifar10", tmp_path)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_cifar_planes(tmp_path):
-    red, green, blue = X[:20].transpose(3, 0, 1, 2)
-    planes = np.stack([green, red - green, blue - green])
-    planes = np.diff(planes, axis=-1, prepend=np.uint8(0))
-    for part, chosen in (("a", slice(10)), ("b", slice(10, 20))):
-        raw = struct.pack("<I", 10) + Y[chosen].astype(np.uint8).tobytes() + planes[:, chosen].tobytes()
-        (tmp_path / f"cifar10_train_{part}.xz").write_bytes(lzma.compress(raw))
-    np.savez(tmp_path / "cifar10_test.npz", x=X[20:], y=Y[20:])
-    assert_holds(accuracy_data.read("cifar10", tmp_path), X.transpose(0, 3, 1, 2), Y)
-
-
-def test_photographs_for_a_cpu_are_cifar10_at_half_its_size(tmp_path):
-    write_batches(tmp_path / "cifar-10-batches-py")
-    whole, half = (accuracy_data.read(name, tmp_path) for name in ("cifar10", "cifar16"))
-    assert half.test.images.shape[1:] == (3, 16, 16)
-    corner = whole.train.images[0, :, :2, :2].float().mean((1, 2))
-    assert half.train.images[0, :, 0, 0].tolist() == corner.round().tolist()
-    assert half.train.labels.equal(whole.train.labels) and len(half.test) == len(whole.test)
-
-
-def test_what_cannot_be_read_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="pass --data-dir, with mnist"):
-        accuracy_data.read("mnist")
-    with pytest.raises(FileNotFoundError, match="holds no cifar10; accepted: cifar10"):
-        accuracy_data.read("cifar10", tmp_path)
-    for images, labels, told in ((X / 255, Y, "float64"), (X, Y[:5], "5 labels"), (X, Y + 3, "one of 0 to 9")):
-        np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=X, y_test=Y)
-        with pytest.raises(ValueError, match=told):
-            accuracy_data.read("mnist", tmp_path)
-
-
-def test_the_fingerprint_is_of_every_pixel():
-    data = accuracy_data.read("digits")
-    before = data.fingerprint()
-    assert accuracy_data.read("digits").fingerprint() == before
-    data.test.images[-1, 0, 7, 7] += 1
-    assert data.fingerprint() != before

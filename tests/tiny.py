@@ -67,3 +67,12 @@ def state(module: nn.Module) -> dict[str, torch.Tensor]:
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def digit_vit(embed_dim=16, depth=2):
+    """A timm ViT for 8×8 digits, for tests that have benchmarks/ on their path."""
+    from accuracy_models import vit
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(embed_dim)
+        return vit(8, 1, {"patch_size": 4, "embed_dim": embed_dim, "depth": depth, "num_heads": 2})

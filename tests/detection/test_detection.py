@@ -1,4 +1,4 @@
-"""The loop on detectors: every method runs, the student learns, what is measured, and what is refused."""
+"""The loop on detectors: every method runs, the student learns, and what is refused."""
 
 import copy
 import json
@@ -15,54 +15,20 @@ pytest.importorskip("torchvision")
 pytest.importorskip("scipy")
 pytest.importorskip("transformers")
 
-from tiny_detectors import CLASSES, SIZE, detr, yolos
+from tiny_detectors import CLASSES, QUICK, SIZE, detr, real, student, teacher
 
 from vitkd_fast.config import Config
 from vitkd_fast.detection import adaptors
-from vitkd_fast.detection.adaptors import adaptor, from_corners, from_sigmoid, look
-from vitkd_fast.detection.data import Scenes
-from vitkd_fast.detection.objects import Objects, no_objects
-from vitkd_fast.detection.task import Detection, objects_of
+from vitkd_fast.detection.adaptors import adaptor, from_corners, from_sigmoid
+from vitkd_fast.detection.task import Detection
 from vitkd_fast.distill import distill
 from vitkd_fast.guard import NonFiniteError
 from vitkd_fast.methods import DETECTION_METHODS
-from vitkd_fast.objectives import Scene, View
+from vitkd_fast.objectives import View
 from vitkd_fast.run import FILES
 from vitkd_fast.tasks import Classification
 
-QUICK = {
-    "task": "detection",
-    "steps": 6,
-    "batch_size": 4,
-    "pool": 32,
-    "width": 8,
-    "latent": 8,
-    "log_every": 3,
-    "progress": False,
-}
 TERMS = {"found", "placed", "overlap"}
-
-
-def teacher(**options):
-    return yolos(width=16, depth=2, seed=0, **options)
-
-
-def student(**options):
-    return yolos(width=8, depth=1, seed=1, **options)
-
-
-def objects(*boxes, labels=None):
-    labels = [0] * len(boxes) if labels is None else labels
-    return Objects(torch.tensor(boxes).view(-1, 4), torch.tensor(labels))
-
-
-def real(count=40):
-    """Images, and what the teacher finds in them."""
-    torch.manual_seed(5)
-    model, pixels = teacher(), torch.rand(count, 1, SIZE, SIZE)
-    with torch.no_grad():
-        found = objects_of(look(model, (pixels - 0.5) / 0.25), least=0.5)
-    return [(image, Objects(some.boxes, some.labels)) for image, some in zip(pixels, found)]
 
 
 def finite(history):
@@ -349,130 +315,3 @@ def test_detectors_are_loaded_by_folder(tmp_path):
     for given in ((str(tmp_path / "none"), student()), (teacher(), str(tmp_path / "none"))):
         with pytest.raises(RuntimeError, match=r"No detector .*none.*Give an nn\.Module, a folder"):
             distill(*given, **QUICK)
-
-
-def coco_folder(folder, data):
-    images, annotations = [], []
-    for index, (pixels, some) in enumerate(data):
-        name = f"{index}.png"
-        Image.fromarray(pixels[0].mul(255).round().byte().numpy()).save(folder / name)
-        images.append({"id": index, "file_name": name, "height": SIZE, "width": SIZE})
-        for (x, y, w, h), label in zip((some.boxes * SIZE).tolist(), some.labels.tolist()):
-            bbox = [x - w / 2, y - h / 2, w, h]
-            annotations.append({"id": len(annotations), "image_id": index, "category_id": label, "bbox": bbox})
-    categories = [{"id": label, "name": f"thing {label}"} for label in range(CLASSES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(content))
-    return folder
-
-
-def test_lists_scenes_and_folders_measure_alike(tmp_path):
-    data = [(pixels.mul(255).round() / 255, some) for pixels, some in real(12)]
-    pixels = torch.stack([image for image, _ in data]).mul(255).round().byte()
-    scenes = Scenes(pixels, [some for _, some in data], ["a", "b", "c"], [(SIZE, SIZE)] * len(data))
-    folder = coco_folder(tmp_path, data)
-    reports = [
-        distill(teacher(), student(), evaluate=given, **QUICK).report
-        for given in (data, scenes, folder, str(folder / "instances.json"))
-    ]
-    assert reports[0].teacher_map50 > 0.99
-    for report in reports[1:]:
-        assert report.agreement == pytest.approx(reports[0].agreement)
-        assert report.student_map50 == pytest.approx(reports[0].student_map50, abs=1e-3)
-        assert report.teacher_map50 == pytest.approx(reports[0].teacher_map50, abs=0.05)
-
-
-def test_images_without_objects_and_boxes_partly_outside_are_measured():
-    image = torch.rand(1, SIZE, SIZE)
-    data = [(image, no_objects()), (image, objects((1.0, 0.5, 0.5, 0.5))), (image, no_objects())]
-    report = distill(teacher(), student(), evaluate=data, **QUICK).report
-    for value in (report.agreement, report.teacher_map, report.teacher_map50, report.student_map, report.student_map50):
-        assert 0 <= value <= 1
-
-
-def of(image=None, some=None):
-    return (
-        torch.rand(1, SIZE, SIZE) if image is None else image,
-        objects((0.5, 0.5, 0.5, 0.5)) if some is None else some,
-    )
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        (3, TypeError, r"evaluate is a int; accepted: Scenes"),
-        ("/nowhere/at/all", FileNotFoundError, r"evaluate is '/nowhere/at/all', which is not there; accepted"),
-        ([], ValueError, "no object in its 0 images"),
-        ([of(some=no_objects())], ValueError, "no object in its 1 images"),
-        ([of(), torch.rand(1, SIZE, SIZE)], TypeError, "a Tensor as number 1; accepted"),
-        ([of(), (torch.rand(1, SIZE, SIZE), torch.zeros(1))], TypeError, "a tuple as number 1; accepted"),
-        (
-            [of(some=objects((0.5, 0.5, 0.5, 0.5), labels=[3]))],
-            ValueError,
-            r"image number 0: .*labels.*accepted: 0 to 2",
-        ),
-        ([of(), of(some=objects((0.5, 0.5, -0.5, 0.5)))], ValueError, "image number 1: .*no negative size"),
-        ([of(image=torch.rand(1, 8, 8))], ValueError, r"shape \(1, 8, 8\) as number 0; accepted: .*\(1, 16, 16\)"),
-    ],
-)
-def test_evaluation_data_that_cannot_be_used_are_refused_before_the_run(tmp_path, data, error, message):
-    with pytest.raises(error, match=message):
-        distill(teacher(), student(), evaluate=data, out=tmp_path, **QUICK)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_coco_folder_of_more_classes_than_the_teachers_is_refused_before_the_run(tmp_path):
-    data = [(torch.rand(1, SIZE, SIZE), objects((0.5, 0.5, 0.5, 0.5), labels=[2]))]
-    folder = coco_folder(tmp_path, data)
-    with pytest.raises(ValueError, match=r"labels .*accepted: 0 to 1"):
-        distill(teacher(classes=2), student(classes=2), evaluate=folder, out=tmp_path / "run", **QUICK)
-    assert not (tmp_path / "run").exists()
-
-
-def views(mine, its):
-    """Of one image: (probability, class, box) of each query, of two classes."""
-
-    def view(queries):
-        logits = torch.full((1, len(queries), 3), -20.0)
-        for index, (p, label, _) in enumerate(queries):
-            logits[0, index, label] = math.log(p)
-            logits[0, index, 2] = math.log(1 - p)
-        return View(logits, boxes=torch.tensor([[box for *_, box in queries]]))
-
-    return Scene(torch.zeros(1, 1, 8, 8), view(its), view(mine), None, None)
-
-
-LEFT, RIGHT = (0.25, 0.5, 0.2, 0.2), (0.75, 0.5, 0.2, 0.2)
-
-
-@pytest.mark.parametrize(
-    ("mine", "its", "expected"),
-    [
-        ([(0.9, 0, LEFT), (0.9, 1, RIGHT)], [(0.9, 1, RIGHT), (0.9, 0, LEFT)], 1),
-        ([(0.9, 0, LEFT), (0.1, 1, RIGHT)], [(0.9, 1, RIGHT), (0.9, 0, LEFT)], 2 / 3),
-        ([(0.9, 0, LEFT), (0.9, 1, RIGHT)], [(0.1, 1, RIGHT), (0.9, 0, LEFT)], 2 / 3),
-        ([(0.9, 1, LEFT)], [(0.9, 0, LEFT)], 0),
-        ([(0.9, 0, RIGHT)], [(0.9, 0, LEFT)], 0),
-        ([(0.9, 0, LEFT)], [(0.9, 0, LEFT), (0.9, 1, RIGHT)], 2 / 3),
-        ([(0.1, 0, LEFT)], [(0.1, 0, LEFT)], 1),
-        ([(0.9, 0, LEFT)], [(0.01, 0, LEFT)], 0),
-    ],
-)
-def test_agreement_counts_what_both_see_alike(mine, its, expected):
-    assert Detection().agreement(views(mine, its)).item() == pytest.approx(expected)
-
-
-def test_objects_are_taken_from_what_scores_enough():
-    scene = views([(0.9, 0, LEFT), (0.2, 1, RIGHT)], [(0.9, 0, LEFT)])
-    (all_of_them,), (sure,) = objects_of(scene.student), objects_of(scene.student, least=0.5)
-    torch.testing.assert_close(all_of_them.scores, torch.tensor([0.9, 0.2]))
-    assert all_of_them.labels.tolist() == [0, 1] and sure.labels.tolist() == [0]
-    torch.testing.assert_close(sure.boxes, torch.tensor([LEFT]))
-
-
-def test_a_query_without_a_sound_box_is_no_object():
-    view = views(
-        [(0.9, 0, LEFT), (0.8, 0, (0.5, 0.5, -0.1, 0.2)), (0.7, 1, (0.5, math.nan, 0.1, 0.2))], [(0.9, 0, LEFT)]
-    )
-    (found,) = objects_of(view.student)
-    torch.testing.assert_close(found.scores, torch.tensor([0.9]))

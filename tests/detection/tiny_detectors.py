@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from vitkd_fast.detection.adaptors import look
+from vitkd_fast.detection.objects import Objects
+from vitkd_fast.detection.task import objects_of
+
 SIZE, CLASSES, QUERIES = 16, 3, 5
 
 
@@ -70,3 +74,37 @@ def detr(queries: int = QUERIES, seed: int = 0, kind: str = "Detr"):
         model = getattr(transformers, f"{kind}ForObjectDetection")(config)
     model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,), "std": (0.25,)}
     return model.eval()
+
+
+QUICK = {
+    "task": "detection",
+    "steps": 6,
+    "batch_size": 4,
+    "pool": 32,
+    "width": 8,
+    "latent": 8,
+    "log_every": 3,
+    "progress": False,
+}
+
+
+def teacher(**options):
+    return yolos(width=16, depth=2, seed=0, **options)
+
+
+def student(**options):
+    return yolos(width=8, depth=1, seed=1, **options)
+
+
+def objects(*boxes, labels=None):
+    labels = [0] * len(boxes) if labels is None else labels
+    return Objects(torch.tensor(boxes).view(-1, 4), torch.tensor(labels))
+
+
+def real(count=40):
+    """Images, and what the teacher finds in them."""
+    torch.manual_seed(5)
+    model, pixels = teacher(), torch.rand(count, 1, SIZE, SIZE)
+    with torch.no_grad():
+        found = objects_of(look(model, (pixels - 0.5) / 0.25), least=0.5)
+    return [(image, Objects(some.boxes, some.labels)) for image, some in zip(pixels, found)]

@@ -1,0 +1,95 @@
+"""What detectors are measured on: lists, scenes and COCO folders; and what is refused."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("torchvision")
+pytest.importorskip("scipy")
+pytest.importorskip("transformers")
+
+from tiny_detectors import CLASSES, QUICK, SIZE, objects, real, student, teacher
+
+from vitkd_fast.detection.data import Scenes
+from vitkd_fast.detection.objects import no_objects
+from vitkd_fast.distill import distill
+
+
+def coco_folder(folder, data):
+    images, annotations = [], []
+    for index, (pixels, some) in enumerate(data):
+        name = f"{index}.png"
+        Image.fromarray(pixels[0].mul(255).round().byte().numpy()).save(folder / name)
+        images.append({"id": index, "file_name": name, "height": SIZE, "width": SIZE})
+        for (x, y, w, h), label in zip((some.boxes * SIZE).tolist(), some.labels.tolist()):
+            bbox = [x - w / 2, y - h / 2, w, h]
+            annotations.append({"id": len(annotations), "image_id": index, "category_id": label, "bbox": bbox})
+    categories = [{"id": label, "name": f"thing {label}"} for label in range(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_lists_scenes_and_folders_measure_alike(tmp_path):
+    data = [(pixels.mul(255).round() / 255, some) for pixels, some in real(12)]
+    pixels = torch.stack([image for image, _ in data]).mul(255).round().byte()
+    scenes = Scenes(pixels, [some for _, some in data], ["a", "b", "c"], [(SIZE, SIZE)] * len(data))
+    folder = coco_folder(tmp_path, data)
+    reports = [
+        distill(teacher(), student(), evaluate=given, **QUICK).report
+        for given in (data, scenes, folder, str(folder / "instances.json"))
+    ]
+    assert reports[0].teacher_map50 > 0.99
+    for report in reports[1:]:
+        assert report.agreement == pytest.approx(reports[0].agreement)
+        assert report.student_map50 == pytest.approx(reports[0].student_map50, abs=1e-3)
+        assert report.teacher_map50 == pytest.approx(reports[0].teacher_map50, abs=0.05)
+
+
+def test_images_without_objects_and_boxes_partly_outside_are_measured():
+    image = torch.rand(1, SIZE, SIZE)
+    data = [(image, no_objects()), (image, objects((1.0, 0.5, 0.5, 0.5))), (image, no_objects())]
+    report = distill(teacher(), student(), evaluate=data, **QUICK).report
+    for value in (report.agreement, report.teacher_map, report.teacher_map50, report.student_map, report.student_map50):
+        assert 0 <= value <= 1
+
+
+def of(image=None, some=None):
+    return (
+        torch.rand(1, SIZE, SIZE) if image is None else image,
+        objects((0.5, 0.5, 0.5, 0.5)) if some is None else some,
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (3, TypeError, r"evaluate is a int; accepted: Scenes"),
+        ("/nowhere/at/all", FileNotFoundError, r"evaluate is '/nowhere/at/all', which is not there; accepted"),
+        ([], ValueError, "no object in its 0 images"),
+        ([of(some=no_objects())], ValueError, "no object in its 1 images"),
+        ([of(), torch.rand(1, SIZE, SIZE)], TypeError, "a Tensor as number 1; accepted"),
+        ([of(), (torch.rand(1, SIZE, SIZE), torch.zeros(1))], TypeError, "a tuple as number 1; accepted"),
+        (
+            [of(some=objects((0.5, 0.5, 0.5, 0.5), labels=[3]))],
+            ValueError,
+            r"image number 0: .*labels.*accepted: 0 to 2",
+        ),
+        ([of(), of(some=objects((0.5, 0.5, -0.5, 0.5)))], ValueError, "image number 1: .*no negative size"),
+        ([of(image=torch.rand(1, 8, 8))], ValueError, r"shape \(1, 8, 8\) as number 0; accepted: .*\(1, 16, 16\)"),
+    ],
+)
+def test_evaluation_data_that_cannot_be_used_are_refused_before_the_run(tmp_path, data, error, message):
+    with pytest.raises(error, match=message):
+        distill(teacher(), student(), evaluate=data, out=tmp_path, **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_coco_folder_of_more_classes_than_the_teachers_is_refused_before_the_run(tmp_path):
+    data = [(torch.rand(1, SIZE, SIZE), objects((0.5, 0.5, 0.5, 0.5), labels=[2]))]
+    folder = coco_folder(tmp_path, data)
+    with pytest.raises(ValueError, match=r"labels .*accepted: 0 to 1"):
+        distill(teacher(classes=2), student(classes=2), evaluate=folder, out=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
