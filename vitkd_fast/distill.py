@@ -111,6 +111,8 @@ def _distill(
 
     def evaluated() -> dict[str, Any]:
         """The report's figures so far. What the data draw at random, such as their order, changes nothing."""
+        if evaluate is None:
+            return {}
         with torch.random.fork_rng([device] if device.type == "cuda" else []), frozen(student):
             return pair.task.evaluate(pair, config, evaluate)
 
@@ -163,7 +165,6 @@ def _distill(
 
     student.eval()
     generator = synthesis.generator.eval()
-    figures = {} if evaluate is None else pair.task.evaluate(pair, config, evaluate)
     report = Report(
         status=status,
         steps=log.steps,
@@ -176,7 +177,7 @@ def _distill(
         notes=pair.notes,
         settings=config.to_dict(),
         versions=versions(device),
-        **figures,
+        **evaluated(),
     )
     if config.out is not None:
         with torch.no_grad():
