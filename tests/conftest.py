@@ -33,6 +33,14 @@ def elsewhere(tmp_path_factory):
 
 
 @pytest.fixture
+def seeded():
+    """The same random numbers in every run of a test, and the caller's untouched."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fill memory that a kernel has not written yet, so that reading it, or leaving it unwritten, shows.
 

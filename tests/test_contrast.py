@@ -11,12 +11,7 @@ from vitkd_fast import contrast as module
 from vitkd_fast.contrast import cropped, info_nce
 from vitkd_fast.objectives import Scene
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def contrast_of(made):

@@ -15,12 +15,7 @@ from vitkd_fast.generator import ImageSpec
 from vitkd_fast.models import frozen
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_feature_statistics_follow_their_formula():

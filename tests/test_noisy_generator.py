@@ -14,11 +14,7 @@ GREY = ImageSpec(8, 8, (0.5,), (0.25,))
 TEN = GeneratorSettings(latent=8, width=16, classes=10, batch_size=24)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_layers_are_linear_and_each_has_its_own_rows():

@@ -12,11 +12,7 @@ from vitkd_fast.procedural import Canvas, drawn
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("count, channels, height, width", [(1, 1, 1, 1), (7, 3, 8, 5), (2, 4, 3, 90), (33, 1, 28, 28)])

@@ -8,12 +8,7 @@ from tiny import SIZE, tiny_student, tiny_teacher
 
 from vitkd_fast.sparse import LivePatches, class_attention
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_class_attention_is_the_class_tokens_row_averaged_over_heads():

@@ -13,12 +13,7 @@ from vitkd_fast.distill import distill
 from vitkd_fast.generator import GENERATORS, GeneratorSettings, ImageSpec, Pixels
 from vitkd_fast.synthesis import Synthesis, richest, rolled
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_pixels_change_and_the_pool_gets_what_they_became():

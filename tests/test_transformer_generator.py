@@ -11,11 +11,7 @@ from vitkd_fast.transformer_generator import Attention, Transformer, patch_size
 GREY = ImageSpec(8, 8, (0.5,), (0.25,))
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_it_is_the_generator_of_vitkd():
