@@ -5,7 +5,8 @@
     _facts.*.so  csrc/facts.cpp          pybind11: how this was built, what this CPU can do
 
 Environment: VITKD_CUDA=0 skips CUDA, VITKD_CUDA=1 makes a missing nvcc an error; CUDA_HOME, TORCH_CUDA_ARCH_LIST,
-MAX_JOBS and CXX mean what they mean to PyTorch's own extensions.
+MAX_JOBS and CXX mean what they mean to PyTorch's own extensions. VITKD_EMULATED=1 is for tests: every instruction set
+works, those beyond AVX2 slowly.
 """
 
 import sys
