@@ -136,28 +136,23 @@ inline Out load(uint32_t lanes, const void* p) {
   for (int i = 0; i < kLanes; ++i) {
     if (lanes >> i & 1) std::memcpy(&out[i], static_cast<const char*>(p) + i * sizeof(T), sizeof(T));
   }
-  Out vector;
-  std::memcpy(&vector, out, sizeof vector);
-  return vector;
+  return as<Out>(out);
 }
 inline __m512 maskz_loadu_ps(__mmask16 lanes, const void* p) { return load<__m512, float, 16>(lanes, p); }
 inline __m512i maskz_loadu_epi16(__mmask32 lanes, const void* p) { return load<__m512i, uint16_t, 32>(lanes, p); }
 inline __m256i maskz_loadu_epi16_256(__mmask16 lanes, const void* p) { return load<__m256i, uint16_t, 16>(lanes, p); }
-inline void mask_storeu_ps(void* p, __mmask16 lanes, __m512 v) {
-  const auto x = as<Floats>(v);
+template <class Lanes>
+inline void store(void* p, uint32_t lanes, const Lanes& v) {
+  constexpr auto size = sizeof v.at[0];
   for (int i = 0; i < 16; ++i) {
-    if (lanes >> i & 1) std::memcpy(static_cast<char*>(p) + i * 4, &x.at[i], 4);
+    if (lanes >> i & 1) std::memcpy(static_cast<char*>(p) + i * size, &v.at[i], size);
   }
 }
-inline void mask_storeu_epi16_256(void* p, __mmask16 lanes, __m256i v) {
-  const auto x = as<Halves>(v);
-  for (int i = 0; i < 16; ++i) {
-    if (lanes >> i & 1) std::memcpy(static_cast<char*>(p) + i * 2, &x.at[i], 2);
-  }
-}
+inline void mask_storeu_ps(void* p, __mmask16 lanes, __m512 v) { store(p, lanes, as<Floats>(v)); }
+inline void mask_storeu_epi16_256(void* p, __mmask16 lanes, __m256i v) { store(p, lanes, as<Halves>(v)); }
 
-template <class... Halves16>
-inline __m512i set_epi16(Halves16... from_the_last) {
+template <class... Numbers>
+inline __m512i set_epi16(Numbers... from_the_last) {
   const int last_first[] = {from_the_last...};
   ManyHalves out;
   for (int i = 0; i < 32; ++i) out.at[i] = static_cast<uint16_t>(last_first[31 - i]);
