@@ -1,7 +1,6 @@
 """Teachers and students of the accuracy benchmark: their sizes for each data set, and training with real images."""
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -270,15 +269,6 @@ def given_teacher(description: Path, checkpoint: Path | None = None) -> nn.Modul
             state.setdefault(name, tensor)
     load_into(model, state, description.stem, checkpoint)
     return model.eval()
-
-
-def digest(model: nn.Module) -> str:
-    """Of all that the model holds."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def parameters(model: nn.Module) -> int:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 import torch
 from accuracy_bench import Bench, date_and_commit, hash_of, say, write_whole
 from accuracy_data import Labelled
-from accuracy_models import ResNet, digest, given_teacher, parameters, train_on_labels, vit
+from accuracy_models import ResNet, given_teacher, parameters, train_on_labels, vit
 from torch import Tensor, nn
 
 from vitkd_fast.checkpoint import load_into, read_state_dict
 from vitkd_fast.config import Config
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.models import image_spec
+from vitkd_fast.models import digest, image_spec
 
 
 @dataclass(frozen=True)

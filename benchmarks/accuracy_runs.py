@@ -18,12 +18,12 @@ from accuracy_learning import (
     method_of,
     options_of,
 )
-from accuracy_models import digest
 from accuracy_pair import Teacher, predictions
 from torch import nn
 
 from vitkd_fast.config import Config
 from vitkd_fast.methods import settings_of
+from vitkd_fast.models import digest
 
 PROBE = 0.05  # share of an equal time's seconds that measuring the speed takes, two seconds at least
 DRIFT = 0.1  # a run that missed its seconds by more than this share says so

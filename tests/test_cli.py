@@ -152,7 +152,7 @@ def test_distill_by_names_and_checkpoint(tmp_path, capsys):
     assert (tmp_path / "run/student.safetensors").exists()
 
 
-def test_ctrl_c_saves_the_student_and_exits_with_130(tmp_path):
+def test_ctrl_c_saves_the_student_and_exits_with_130(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
     names = ("--teacher", "test_vit", "--teacher-checkpoint", str(tmp_path / "teacher.pth"), "--student", "test_vit2")
@@ -176,6 +176,9 @@ def test_ctrl_c_saves_the_student_and_exits_with_130(tmp_path):
     assert "interrupted: " in output
     assert json.loads((tmp_path / "run/report.json").read_text())["status"] == "interrupted"
     assert (tmp_path / "run/student.safetensors").exists()
+    with pytest.raises(SystemExit, match="2"):  # what was saved is not replaced unasked
+        cli.main(["distill", *names, *options, "--out", str(tmp_path / "run")])
+    assert "go on with resume=True (--resume)" in capsys.readouterr().err
 
 
 def test_python_m_and_doctor():

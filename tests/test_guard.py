@@ -41,6 +41,16 @@ def test_a_bad_step_changes_neither_weights_nor_buffers_nor_moments(factor):
     assert bad["student_gradient"] == 1
 
 
+def test_a_bad_step_leaves_what_was_loaded():
+    torch.manual_seed(0)
+    model, other = TinyNet(8).train(), TinyNet(8).train()
+    optimizer, loaded = (GuardedOptimizer("student", one, 1e-2, ["loss"]) for one in (model, other))
+    one_step(model, optimizer, torch.randn(4, 1, 8, 8))
+    loaded.load_state_dict(optimizer.state_dict())
+    one_step(other, loaded, torch.full((4, 1, 8, 8), math.nan))
+    assert same(state(other), state(model))
+
+
 def test_nan_images_do_not_pollute_batchnorm():
     torch.manual_seed(0)
     model = TinyNet(8).train()

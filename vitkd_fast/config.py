@@ -32,7 +32,13 @@ class Config:
     out: Path | None = None
     """Folder for config.json, metrics.jsonl, images.png, student.safetensors and report.json; None writes nothing."""
     overwrite: bool = False
-    """Allow `out` to hold a finished run, and replace it."""
+    """Allow `out` to hold a run, and replace it."""
+    resume: bool = False
+    """Go on with the run in `out` that was stopped, if there is one, and otherwise begin. From a save it goes on as it
+    would have, bit for bit on the CPU; after Ctrl-C, the step that was interrupted is made again."""
+    save_minutes: float = 10.0
+    """Minutes between saves of the whole run to run.pt in `out`, for `resume`; Ctrl-C saves too, and a run that comes
+    to its end removes it. 0: none."""
 
     teacher_checkpoint: Path | None = None
     """Weights of a teacher given by name: a safetensors file, or a state_dict that torch.save wrote."""
@@ -152,6 +158,9 @@ class Config:
         for name in ("image_size", "mean", "std"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.resume and (self.out is None or self.overwrite):
+            wrong = "there is no out" if self.out is None else "overwrite is, too"
+            raise ValueError(f"resume is True, but {wrong}; give the folder of the run as out, without overwrite.")
         for names, accepts, accepted in _ACCEPTED:
             for name in names.split():
                 if not accepts(getattr(self, name)):
@@ -191,7 +200,7 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("seed life max_skipped evaluate_every", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
     (
-        "weight_decay clip",
+        "weight_decay clip save_minutes",
         lambda value: _number(value) and value >= 0,
         "a number of at least 0",
     ),
@@ -216,7 +225,7 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("generator", lambda value: isinstance(value, str), "the name of a generator"),
     ("precision", ("float32", "bfloat16").__contains__, "float32, bfloat16"),
     (
-        "overwrite accelerate progress learn_latent conditional robust balanced",
+        "overwrite resume accelerate progress learn_latent conditional robust balanced",
         lambda value: isinstance(value, bool),
         "True, False",
     ),

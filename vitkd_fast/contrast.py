@@ -1,5 +1,7 @@
 """Instance discrimination: a generated image is to be told from all others, those of earlier rounds too."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,6 +61,12 @@ class contrast(nn.Module):
         self.cursor += len(latest)
         self.count = max(self.count, self.cursor)
         self.latest = None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"bank": self.bank, "count": self.count, "cursor": self.cursor}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.bank, self.count, self.cursor = state["bank"], state["count"], state["cursor"]
 
 
 def info_nce(queries: Tensor, keys: Tensor) -> Tensor:

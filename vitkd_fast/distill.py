@@ -19,6 +19,7 @@ from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, check_names
 from vitkd_fast.pair import make_pair, resolved
 from vitkd_fast.report import Report, versions
+from vitkd_fast.resume import Saves
 from vitkd_fast.run import Log, RunFolder
 from vitkd_fast.suggest import suggestion
 from vitkd_fast.synthesis import Synthesis
@@ -64,6 +65,7 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
     Raises:
         TypeError, ValueError: an argument that does not exist or is out of range, networks that do not fit.
         FileNotFoundError, FileExistsError: a checkpoint that is not there, a run folder that is already used.
+            A run that was stopped goes on with `resume=True`.
         RuntimeError: a teacher by name whose weights cannot be had.
         NonFiniteError: more than `max_skipped` steps had a non-finite loss; the message names the term.
 
@@ -99,7 +101,7 @@ def _distill(
     config: Config,
     device: torch.device,
 ) -> Result:
-    folder = RunFolder(config.out, config.overwrite)
+    folder = RunFolder(config.out, config.overwrite, config.resume)
     pair = make_pair(teacher, student, config, device)
     student = pair.student
     evaluate = pair.task.read_evaluation(pair, evaluate)
@@ -132,14 +134,16 @@ def _distill(
         clip=config.clip,
         matrices=hidden_matrices(student, pair.convert.student.channels, outputs) if muon else (),
     )
-    folder.start({"teacher": pair.teacher_facts.name, "student": pair.student_facts.name, "settings": config.to_dict()})
     log = Log(config, folder, [part.ledger for part in (synthesis.learner, learner) if part])
+    saves = Saves(config, pair, {"synthesis": synthesis, "learner": learner, "log": log})
+    asked = {"teacher": pair.teacher_facts.name, "student": pair.student_facts.name, "settings": config.to_dict()}
+    folder.start(asked, log.history if saves.restore() else None)
 
     student.train()
     status, failure = "completed", None
     labelled: Tensor | None = None
     try:
-        for step in range(config.steps):
+        for step in range(log.steps, config.steps):
             progress = step / config.steps
             if step % config.student_steps == 0:
                 synthesis.round(progress)
@@ -156,8 +160,11 @@ def _distill(
             learner.step(loss, values | {"agreement": pair.task.agreement(scene)}, progress)
 
             log.step(evaluated)
+            saves.step()
     except KeyboardInterrupt:
         status = "interrupted"
+        if saves.save():
+            pair.notes.append(f"stopped; resume=True (--resume) goes on from {saves.path}")
     except NonFiniteError as error:
         status, failure = "failed", error
 
@@ -183,6 +190,8 @@ def _distill(
         with torch.no_grad():
             picture = pair.task.picture(pair, config, generator.sample(64))
         folder.finish(student, picture, report)
+        if status == "completed":
+            saves.discard()
     if config.progress:
         print(report)
     if failure:

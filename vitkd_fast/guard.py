@@ -74,6 +74,7 @@ class GuardedOptimizer:
         own_lr: Mapping[nn.Parameter, float] | None = None,
         matrices: Iterable[Tensor] = (),
     ) -> None:
+        self.module = module
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
         if not self.weights:
             raise ValueError(f"{type(module).__name__} has no weight with requires_grad=True, so it cannot learn.")
@@ -112,6 +113,22 @@ class GuardedOptimizer:
             pairs = zip(self.kept_buffers, self.buffers, strict=True)
             self.kept_buffers = [torch.where(back, kept, buffer) for kept, buffer in pairs]
             torch._foreach_copy_(self.buffers, self.kept_buffers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, the module's weights included."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "momenta": self.muon.momenta,
+            "ledger": self.ledger.table,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.muon.momenta = state["momenta"]
+        self.kept_buffers = [buffer.clone() for buffer in self.buffers]
+        self.ledger.table = state["ledger"]
 
 
 def one_cycle(progress: float, peak: float) -> float:

@@ -1,6 +1,7 @@
 """Teacher and student: modules as given, or timm names; what a teacher knows about its images; how both are run."""
 
 import difflib
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -144,6 +145,16 @@ def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     if isinstance(logits, tuple) and len(logits) == 2 and model.training:
         logits = (logits[0] + logits[1]) / 2
     return logits, features if isinstance(features, Tensor) and features.dim() == 3 else None
+
+
+def digest(model: nn.Module) -> str:
+    """Of all that a model's state_dict holds: 16 hexadecimal digits that other weights do not have."""
+    found = hashlib.sha256()
+    held = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name, tensor in held.items():
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 @contextmanager

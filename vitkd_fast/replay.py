@@ -1,5 +1,7 @@
 """Images made earlier, kept on the device so that the student does not forget what they taught."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ class ReplayPool:
         generator: whose images come in; it knows their normalisation.
         classes: how many there are, to draw images of all of them equally often; 0: to draw every image equally often.
     """
+
+    STATE = ("bytes", "classes", "members", "count", "cursor")
 
     def __init__(self, capacity: int, generator: Generator, classes: int = 0) -> None:
         self.capacity, self.generator = capacity, generator
@@ -42,6 +46,13 @@ class ReplayPool:
             one = torch.ones((), device=images.device).expand(self.count)
             none = torch.zeros(len(self.members), device=images.device)
             self.members = none.index_add_(0, self.classes[: self.count], one)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.STATE:
+            setattr(self, name, state[name])
 
     def sample(self, count: int) -> Tensor:
         """`count` images drawn with replacement, normalised again."""

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,32 +16,44 @@ from vitkd_fast.guard import Ledger, NonFiniteError
 from vitkd_fast.report import Report
 
 FILES = ("config.json", "metrics.jsonl", "images.png", "student.safetensors", "report.json")
+SAVED = "run.pt"  # what a run that was stopped goes on from
 
 
 class RunFolder:
     """Writes nothing when `folder` is None.
 
     Raises:
-        FileExistsError: the folder holds a finished run and `overwrite` is False.
+        FileExistsError: the folder holds a run, and neither is it to be overwritten nor can it be resumed.
     """
 
-    def __init__(self, folder: Path | None, overwrite: bool) -> None:
+    def __init__(self, folder: Path | None, overwrite: bool, resume: bool = False) -> None:
         self.folder = folder
         self.metrics: IO[str] | None = None
-        if folder is not None and (folder / "report.json").exists() and not overwrite:
+        if folder is None or overwrite:
+            return
+        if (folder / SAVED).exists():
+            if not resume:
+                raise FileExistsError(
+                    f"out={folder} holds a run that was stopped; go on with resume=True (--resume), choose another "
+                    f"folder or pass overwrite=True (--overwrite)."
+                )
+        elif (folder / "report.json").exists():
             raise FileExistsError(
                 f"out={folder} holds a finished run; choose another folder or pass overwrite=True (--overwrite)."
             )
 
-    def start(self, settings: dict[str, Any]) -> None:
-        """Clear away an earlier run and write down what this one was asked."""
+    def start(self, settings: dict[str, Any], history: Sequence[dict[str, Any]] | None = None) -> None:
+        """Write down what this run was asked, and its history if it goes on; if not, clear away an earlier run."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        if history is None:
+            for name in (*FILES, SAVED):
+                (self.folder / name).unlink(missing_ok=True)
         self._write_json("config.json", settings)
         self.metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
+        for entry in history or ():
+            self.log(entry)
 
     def log(self, entry: dict[str, Any]) -> None:
         if self.metrics:
@@ -137,6 +149,22 @@ class Log:
             with contextlib.suppress(NonFiniteError):
                 self.read()
         self.bar.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        now = time.perf_counter()
+        return {
+            "steps": self.steps,
+            "history": self.history,
+            "skipped": self.skipped,
+            "seconds": now - self.start,
+            "seconds_since_entry": now - self.last,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        self.steps, self.history, self.skipped = state["steps"], state["history"], state["skipped"]
+        self.start, self.last = now - state["seconds"], now - state["seconds_since_entry"]
+        self.bar.initial = self.bar.n = self.history[-1]["step"] if self.history else 0
 
     @property
     def seconds(self) -> float:

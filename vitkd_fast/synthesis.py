@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,24 @@ class Synthesis:
             if config.replay:
                 self.pool.add(images)
         return augmented(images, config.shift, config.turn)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next round and batch depend on, between two rounds."""
+        return {
+            "generator": self.generator.state_dict(),
+            "learner": self.learner.state_dict() if self.learner else None,
+            "pool": self.pool.state_dict(),
+            "start": self.start,
+            "rounds": self.rounds,
+            "images": self.images,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+        if self.learner:
+            self.learner.load_state_dict(state["learner"])
+        self.pool.load_state_dict(state["pool"])
+        self.start, self.rounds, self.images = state["start"], state["rounds"], state["images"]
 
     def _judge(self, noise: Tensor, labels: Tensor | None, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss, its terms and the images of one step. No weight but those that learn here has a gradient."""

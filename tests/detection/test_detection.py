@@ -25,7 +25,7 @@ from vitkd_fast.distill import distill
 from vitkd_fast.guard import NonFiniteError
 from vitkd_fast.methods import DETECTION_METHODS
 from vitkd_fast.objectives import View
-from vitkd_fast.run import FILES
+from vitkd_fast.run import FILES, SAVED
 from vitkd_fast.tasks import Classification
 
 TERMS = {"found", "placed", "overlap"}
@@ -137,8 +137,9 @@ def test_a_report_shows_the_precision_of_both():
     assert "on the evaluation data" in text
 
 
-def test_ctrl_c_leaves_a_usable_student_and_report(tmp_path):
+def test_ctrl_c_leaves_a_usable_student_and_report_and_the_run_goes_on(tmp_path):
     small, calls = student(), []
+    options = {**QUICK, "steps": 14, "out": tmp_path, "evaluate": real(8)}
 
     def interrupt(module, args, output):
         calls.append(1)
@@ -146,12 +147,14 @@ def test_ctrl_c_leaves_a_usable_student_and_report(tmp_path):
             raise KeyboardInterrupt
 
     handle = small.register_forward_hook(interrupt)
-    result = distill(teacher(), small, out=tmp_path, evaluate=real(8), **{**QUICK, "steps": 10_000})
+    result = distill(teacher(), small, **options)
     handle.remove()
     assert result.report.status == "interrupted" and 5 < result.report.steps < 12
     assert result.report.student_map50 is not None
     assert json.loads((tmp_path / "report.json").read_text())["status"] == "interrupted"
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, SAVED}
+    report = distill(teacher(), small, resume=True, **options).report
+    assert (report.status, report.steps) == ("completed", 14)
 
 
 def test_bfloat16_runs_too():
