@@ -1,12 +1,8 @@
 """The CUDA kernels as nvcc compiles them: all of them there, no spills where ViTs live, tensor cores, wide accesses."""
 
-import functools
 import importlib
 import re
-import shutil
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,10 @@ from vitkd_fast.choice import default_tokens
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 cuda_resources = importlib.import_module("cuda_resources")
-pytestmark = pytest.mark.skipif(cuda_resources.find_nvcc() is None, reason="there is no nvcc")
+pytestmark = [
+    pytest.mark.skipif(cuda_resources.library() is None, reason="the installed library was built without nvcc"),
+    pytest.mark.skipif(cuda_resources.cuobjdump() is None, reason="there is no cuobjdump"),
+]
 
 INSTRUCTIONS = {
     "tensor core of four warps": r"\bHGMMA\S*\.BF16\b",
@@ -35,9 +34,8 @@ BACKWARD = FORWARD[:-1]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda")
-    return cuda_resources.measure(["9.0"], folder), folder
+def rows():
+    return cuda_resources.measure(cuda_resources.library())
 
 
 def expected():
@@ -63,34 +61,35 @@ def expected():
             yield from (("kd_loss_long", dtype, f"512, 8, {each}, {kind}") for kind in (0, 2))
 
 
-def test_every_kernel_is_there(compiled):
-    found = sorted((row["kernel"], row["dtype"], row["arguments"]) for row in compiled[0])
-    assert found == sorted(expected())
-    assert len(cuda_resources.table(compiled[0]).splitlines()) == 1 + len(found)
+def test_every_kernel_is_there(rows):
+    architectures = {row["architecture"] for row in rows}
+    found = sorted((row["architecture"], row["kernel"], row["dtype"], row["arguments"]) for row in rows)
+    assert found == sorted((architecture, *kernel) for architecture in architectures for kernel in expected())
+    assert len(cuda_resources.table(rows).splitlines()) == 1 + len(found) // len(architectures)
 
 
-def test_spills(compiled):
-    assert cuda_resources.spilling(compiled[0]) == []
-    many = {"kernel": "kd_loss", "dtype": "bfloat16", "spill_store_bytes": 4, "spill_load_bytes": 0}
+def test_spills(rows):
+    assert cuda_resources.spilling(rows) == []
+    many = {"kernel": "kd_loss", "dtype": "bfloat16", "spill_bytes": 8}
     assert cuda_resources.spilling([many, {**many, "dtype": "float32"}]) == [many]
 
 
-def test_registers_allow_the_blocks_that_an_sm_should_hold(compiled):
+def test_registers_allow_the_blocks_that_an_sm_should_hold(rows):
     """Of a quarter of an SM's 16384 registers, by warps: 8 warps of an SM may have 255 each, 12 168, 16 128."""
     limits = {
         "attention_head_forward": {"5, 7": 128, "7, 10": 168, "10, 13": 128, "13, 17": 168},
         "attention_head_backward": {"2, 4": 128, "4, 5": 128, "7, 10": 168},
         "kd_loss": {"32, 8, 0": 128},  # 1000 classes: 16 rows and more
     }
-    for row in compiled[0]:
+    for row in rows:
         size = row["arguments"].partition(", ")[2]
         assert row["registers"] <= limits.get(row["kernel"], {}).get(size, 255), row
 
 
-def test_shared_memory_fits_the_gpus(compiled):
+def test_shared_memory_fits_the_gpus(rows):
     """A block gets 99 KiB on sm_86, sm_89 and sm_120, 163 on sm_80, 227 on sm_90 and sm_100."""
     longest = {99: 0, 163: 0, 227: 0}  # tokens of a head of 64 whose backward fits
-    for row in compiled[0]:
+    for row in rows:
         kernel, size = row["kernel"], int(row["arguments"].split(", ")[-1])
         if kernel == "attention_head_forward":
             assert 2 * (row["shared_bytes"] + 1024) <= 228 * 1024, row  # two blocks, each with 1 KiB of its own
@@ -109,24 +108,17 @@ def test_shared_memory_fits_the_gpus(compiled):
 
 
 @pytest.fixture(scope="module")
-def counts(compiled):
+def counts(rows):
     """How often each kind of instruction stands in a kernel for sm_90."""
-    cuobjdump = shutil.which("cuobjdump")
-    if find_spec("triton"):
-        cuobjdump = str(Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump")
-    if cuobjdump is None:
-        pytest.skip("neither triton nor the CUDA toolkit's cuobjdump is installed")
+    if not any(row["architecture"] == "sm_90" for row in rows):
+        pytest.skip("the installed library has no code for sm_90")
 
-    @functools.cache
-    def functions(source):
-        command = [cuobjdump, "-sass", compiled[1] / f"{source}.sm_90.o"]
-        dump = subprocess.run(command, capture_output=True, text=True)
-        assert dump.returncode == 0, dump.stderr
-        return dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", dump.stdout, re.DOTALL))
-
-    def counts(source, kernel, *arguments):
-        wanted = f"{kernel}_kernelI", "bfloat16E" + "".join(f"Li{argument}E" for argument in arguments) + "E"
-        (code,) = (code for name, code in functions(source).items() if all(part in name for part in wanted))
+    def counts(kernel, *arguments):
+        wanted = {"kernel": kernel, "dtype": "bfloat16", "arguments": ", ".join(map(str, arguments))}
+        (row,) = (row for row in rows if row | wanted == row and row["architecture"] == "sm_90")
+        options = "-sass", "-arch", "sm_90a", "-fun", row["function"]
+        code = cuda_resources.dump(cuda_resources.library(), *options)
+        assert code.count("Function :") == 1
         return {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
 
     return counts
@@ -134,7 +126,7 @@ def counts(compiled):
 
 def test_machine_code_of_streamed_heads(counts):
     for kernel in ("attention_forward", "attention_backward"):
-        found = counts("attention_streamed", kernel, 64)
+        found = counts(kernel, 64)
         assert found["tensor core"] >= 64, found
         assert found["16-byte copy to shared memory"] >= 8, found
         assert found["16-byte store"] >= 1, found
@@ -143,26 +135,25 @@ def test_machine_code_of_streamed_heads(counts):
 
 def test_machine_code_of_whole_heads(counts):
     """Of 197 tokens: the products of one strip of 16 queries and 13 x 16 keys take 4 x 26 instructions each."""
-    forward = counts("attention_head", "attention_head_forward", 64, 10, 13)
+    forward = counts("attention_head_forward", 64, 10, 13)
     assert forward["tensor core"] == 2 * 104, forward
     assert forward["exponential"] == 104 + 2, forward  # and the correction of two rows between two parts
     assert forward["16-byte copy to shared memory"] >= 3, forward
     assert forward["16-byte store"] == 4 and forward["narrower store"] == 0, forward
-    backward = counts("attention_head", "attention_head_backward", 64, 10, 13)
+    backward = counts("attention_head_backward", 64, 10, 13)
     assert backward["tensor core"] == 2 * 5 * 104, backward  # two strips per warp, five products
     assert backward["exponential"] == 2 * 104, backward
     assert backward["16-byte store"] == 2 * 3 * 4 and backward["narrower store"] == 0, backward
     assert backward["8x8 matrices to shared memory"] == 2 * 2 * 13, backward
     assert forward["atomic"] == backward["atomic"] == 0
-    """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys then."""
 
 
 def test_machine_code_of_whole_heads_on_hopper(counts):
     """Of 197 tokens: 4 instructions of 64 queries for the scores of each part of the keys, one per 16 keys then."""
-    forward = counts("attention_hopper", "attention_hopper_forward", 64, 10, 13)
+    forward = counts("attention_hopper_forward", 64, 10, 13)
     assert forward["tensor core of four warps"] == 3 * 4 + 13 and forward["tensor core"] == 0, forward
     assert forward["16-byte store"] == 4 and forward["narrower store"] == 0, forward
-    backward = counts("attention_hopper", "attention_hopper_backward", 64, 10, 13)
+    backward = counts("attention_hopper_backward", 64, 10, 13)
     assert backward["tensor core of four warps"] == 2 * 4 + 4 + 3 * 13, backward  # a group's two blocks of scores
     assert backward["8x8 matrices to shared memory"] == 3 * 13, backward
     assert forward["atomic"] == backward["atomic"] == forward["register spill"] == backward["register spill"] == 0
@@ -170,7 +161,7 @@ def test_machine_code_of_whole_heads_on_hopper(counts):
 
 def test_machine_code_of_the_loss(counts):
     """A thread has 32 classes of both rows: each is loaded, exponentiated and written once."""
-    found = counts("kd_loss", "kd_loss", 32, 32, 8, 0)
+    found = counts("kd_loss", 32, 32, 8, 0)
     assert found["16-byte load"] >= 8 and found["16-byte store"] == 8, found
     assert found["narrower store"] <= 1 + 64, found  # the loss, and rows that are not aligned
     assert 64 <= found["exponential"] <= 68, found
