@@ -1,7 +1,6 @@
 """The CUDA attention against the formula in float64, run on the CPU by the emulator in cuda_host (ASan, UBSan)."""
 
 import importlib
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from vitkd_fast.ops.attention import attention_backward_formula, attention_formu
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
 host = importlib.import_module("emulator")
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Heads of these widths that are not too long are computed whole in shared memory, if they are of 16-bit elements and
@@ -61,8 +59,7 @@ WHOLE_SHAPES = (  # each length that is compiled for, one token more and less
 
 
 @pytest.fixture
-def cuda():
-    emulator = host.emulator()
+def cuda(emulator):
     emulator.schedule = "ascending"
     emulator.max_shared = 227 * 1024
     emulator.warpgroups = False

@@ -1,12 +1,9 @@
 """Runs the CUDA kernels on the CPU: builds them with the emulator of simt.h and talks to the executable over a pipe."""
 
-import atexit
 import concurrent.futures
-import functools
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -131,11 +128,3 @@ class Emulator:
 
 def _dtype(tensor: Tensor) -> int:
     return DTYPES.index(tensor.dtype)
-
-
-@functools.cache
-def emulator() -> Emulator:
-    """The emulator, built once per process."""
-    folder = tempfile.TemporaryDirectory(prefix="vitkd_emulator_")
-    atexit.register(folder.cleanup)
-    return Emulator(build(Path(folder.name)))
