@@ -37,7 +37,7 @@ def data_free(teacher: nn.Module, student: nn.Module, method: str, options: dict
     told = result.report
     notes = [note for note in told.notes if "attention blocks switched" not in note]
     notes += [f"{name} was not finite {count} times" for name, count in told.skipped.items()]
-    own = {"out", "overwrite", "progress", "teacher_checkpoint", "seed", "steps"}
+    own = {"out", "overwrite", "resume", "save_minutes", "progress", "teacher_checkpoint", "seed", "steps"}
     settings = {name: value for name, value in told.settings.items() if name not in own}
     return Learning(told.seconds, told.images_per_second, notes, settings)
 
