@@ -16,6 +16,7 @@ from tiny import digit_vit
 from vitkd_fast.distill import distill
 from vitkd_fast.generator import SUPPLIED
 from vitkd_fast.methods import METHODS
+from vitkd_fast.models import digest
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -24,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import accuracy
 import accuracy_floors
 import accuracy_learning
-import accuracy_models
 import accuracy_report
 import accuracy_runs
 
@@ -38,7 +38,7 @@ def bench(tmp_path_factory):
 
     def watched(teacher, student, **options):
         assert "evaluate" not in options and not any(isinstance(value, torch.Tensor) for value in options.values())
-        calls.append((accuracy_models.digest(student), options))
+        calls.append((digest(student), options))
         real = options.get("generator") == SUPPLIED
         with contextlib.nullcontext() if real else no_data():
             return distill(teacher, student, **options)

@@ -10,7 +10,7 @@ from tiny import digit_vit
 
 from vitkd_fast.config import Config
 from vitkd_fast.generator import GENERATORS, SUPPLIED, GeneratorSettings
-from vitkd_fast.models import image_spec
+from vitkd_fast.models import digest, image_spec
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -32,7 +32,7 @@ def test_a_given_teacher_is_loaded_strictly_with_its_own_normalisation(tmp_path)
         accuracy_models.given_teacher(tmp_path / "other.json")
     save_file(model.state_dict(), tmp_path / "other.safetensors")
     given = accuracy_models.given_teacher(tmp_path / "other.json")
-    assert accuracy_models.digest(given) == accuracy_models.digest(model) and not given.training
+    assert digest(given) == digest(model) and not given.training
     assert given.blocks[0].norm1.eps == 1e-5
     spec = image_spec(given, Config())
     assert spec.mean == (0.13,) and spec.std == (0.31,)
@@ -51,7 +51,7 @@ def test_a_given_resnet_may_lack_the_counts_of_its_batchnorms(tmp_path):
         json.dumps({"architecture": "resnet", "depth": 8, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]})
     )
     given = accuracy_models.given_teacher(tmp_path / "resnet.json")
-    assert accuracy_models.digest(given) == accuracy_models.digest(model)
+    assert digest(given) == digest(model)
     assert image_spec(given, Config()).mean == (0.5, 0.4, 0.3)
 
 

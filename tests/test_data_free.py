@@ -15,13 +15,13 @@ from tiny import digit_vit
 from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.methods import METHODS
+from vitkd_fast.models import digest
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy_data
-import accuracy_models
 
 
 def test_the_trap_catches_every_way_to_data(tmp_path):
@@ -75,6 +75,6 @@ def test_evaluating_on_digits_changes_no_weight():
     for evaluate in (None, [batch]):
         options = {"steps": 5, "batch_size": 8, "width": 16, "progress": False}
         result = distill(digit_vit(), digit_vit(8, 1), evaluate=evaluate, **options)
-        students.append(accuracy_models.digest(result.student))
+        students.append(digest(result.student))
         assert (result.report.student_accuracy is None) == (evaluate is None)
     assert students[0] == students[1]

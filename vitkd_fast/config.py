@@ -158,13 +158,13 @@ class Config:
         for name in ("image_size", "mean", "std"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.resume and (self.out is None or self.overwrite):
-            wrong = "there is no out" if self.out is None else "overwrite is, too"
-            raise ValueError(f"resume is True, but {wrong}; give the folder of the run as out, without overwrite.")
         for names, accepts, accepted in _ACCEPTED:
             for name in names.split():
                 if not accepts(getattr(self, name)):
                     raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}.")
+        if self.resume and (self.out is None or self.overwrite):
+            wrong = "there is no out" if self.out is None else "overwrite is, too"
+            raise ValueError(f"resume is True, but {wrong}; give the folder of the run as out, without overwrite.")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Config":

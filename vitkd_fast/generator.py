@@ -122,12 +122,6 @@ class Several(Generator):
         """Hand the turn on."""
         self.turn = (self.turn + 1) % len(self.parts)
 
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.turn)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.turn = int(state)
-
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.parts[self.turn](noise, labels)
 

@@ -124,6 +124,7 @@ class Synthesis:
         """All that the next round and batch depend on, between two rounds."""
         return {
             "generator": self.generator.state_dict(),
+            "turn": self.generator.turn if isinstance(self.generator, Several) else None,
             "learner": self.learner.state_dict() if self.learner else None,
             "pool": self.pool.state_dict(),
             "start": self.start,
@@ -133,6 +134,8 @@ class Synthesis:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
+        if isinstance(self.generator, Several):
+            self.generator.turn = state["turn"]
         if self.learner:
             self.learner.load_state_dict(state["learner"])
         self.pool.load_state_dict(state["pool"])
