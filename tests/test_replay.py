@@ -54,6 +54,22 @@ def test_capacity_is_rounded_up_to_whole_batches(pool):
     assert levels_in(pool) == {10, 11, 12, 13, 20, 21, 22, 23}
 
 
+@pytest.mark.parametrize("before, saved", [(1, 3), (2, 6), (3, 6)])
+def test_it_goes_on_from_what_was_saved(before, saved, pool, tmp_path):
+    batches = [batch_of(pool, first, first + 1, first + 2) for first in range(0, 40, 10)]
+    for batch in batches[:before]:
+        pool.add(batch)
+    torch.save(pool.state_dict(), tmp_path / "pool.pt")
+    state = torch.load(tmp_path / "pool.pt")
+    assert state["bytes"].untyped_storage().nbytes() == saved * 8  # no room that is still empty
+    other = ReplayPool(6, pool.generator)
+    other.load_state_dict(state)
+    for batch in batches[before:]:
+        assert levels_in(pool) == levels_in(other)
+        pool.add(batch), other.add(batch)
+    assert torch.equal(pool.bytes, other.bytes)
+
+
 def test_a_pool_keeps_no_graph(pool):
     pool.add(pool.generator.sample(2))
     assert not pool.sample(2).requires_grad

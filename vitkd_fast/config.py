@@ -38,7 +38,7 @@ class Config:
     would have, bit for bit on the CPU; after Ctrl-C, the step that was interrupted is made again."""
     save_minutes: float = 10.0
     """Minutes between saves of the whole run to run.pt in `out`, for `resume`; Ctrl-C saves too, and a run that comes
-    to its end removes it. The file holds the pool's images: of 20,480 of 3 x 224 x 224 it has 3 GB. 0: no saves."""
+    to its end removes it. With the images of the pool it grows to 3 GB at 3 × 224 × 224. 0: no saves."""
 
     teacher_checkpoint: Path | None = None
     """Weights of a teacher given by name: a safetensors file, or a state_dict that torch.save wrote."""

@@ -19,8 +19,6 @@ class ReplayPool:
         classes: how many there are, to draw images of all of them equally often; 0: to draw every image equally often.
     """
 
-    STATE = ("bytes", "classes", "members", "count", "cursor")
-
     def __init__(self, capacity: int, generator: Generator, classes: int = 0) -> None:
         self.capacity, self.generator = capacity, generator
         self.bytes = torch.empty(0, dtype=torch.uint8)  # (capacity, C, H, W) from the first batch on
@@ -48,11 +46,21 @@ class ReplayPool:
             self.members = none.index_add_(0, self.classes[: self.count], one)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.STATE}
+        """The images that are here; saving a part of a tensor as it is would save all of it."""
+        filled = self.count == len(self.bytes)
+        return {
+            "bytes": self.bytes if filled else self.bytes[: self.count].clone(),
+            "classes": self.classes if filled else self.classes[: self.count].clone(),
+            "members": self.members,
+            "cursor": self.cursor,
+            "room": len(self.bytes),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.STATE:
-            setattr(self, name, state[name])
+        images, classes, room = state["bytes"], state["classes"], state["room"]
+        self.members, self.cursor, self.count = state["members"], state["cursor"], len(images)
+        self.bytes, self.classes = images.new_empty(room, *images.shape[1:]), classes.new_zeros(room)
+        self.bytes[: self.count], self.classes[: self.count] = images, classes
 
     def sample(self, count: int) -> Tensor:
         """`count` images drawn with replacement, normalised again."""

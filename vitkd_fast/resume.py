@@ -112,7 +112,9 @@ class Saves:
 
     def _check(self, was: dict[str, Any]) -> None:
         now = self._identity()
-        for name in [name for name in (*now, *was) if now.get(name) != was.get(name)]:
+        differing = [name for name in (*now, *was) if now.get(name) != was.get(name)]
+        if differing:
+            name = differing[0]
             raise ValueError(
                 f"{self.path} is of a run whose {name} was {was.get(name)}, and now it is {now.get(name)}; to go on "
                 f"it must be the same. Choose another folder, or pass overwrite=True instead of resume to begin anew."
