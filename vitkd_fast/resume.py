@@ -13,6 +13,7 @@ from vitkd_fast.models import digest
 from vitkd_fast.pair import Pair
 from vitkd_fast.run import SAVED
 
+DRAFT = ".new"  # what a save is called until all of it is written
 FREE = (  # settings that may change on the way: no step depends on them
     *("out", "overwrite", "resume", "save_minutes", "progress", "log_every", "evaluate_every", "max_skipped"),
     *("device", "teacher_checkpoint"),  # the teacher is known by its weights
@@ -72,7 +73,7 @@ class Saves:
         """Whether the run is now saved. If it cannot be, a note says why; that must not end the run."""
         if self.path is None or not self.config.save_minutes:
             return False
-        device, draft = self.pair.device, self.path.with_suffix(".new")
+        device, draft = self.pair.device, self.path.with_suffix(DRAFT)
         content = {
             "identity": self._identity(),
             "state": {name: part.state_dict() for name, part in self.parts.items()},
@@ -98,7 +99,8 @@ class Saves:
     def discard(self) -> None:
         """Of a run that is complete there is nothing to go on with."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, self.path.with_suffix(DRAFT)):
+                path.unlink(missing_ok=True)
 
     def _identity(self) -> dict[str, Any]:
         if self.identity is None:
