@@ -11,6 +11,9 @@ and then `distill(…, generator_objectives={"uncertain": 0.1})`. A module may a
 - `off`: why it has nothing to measure on this pair, or None;
 - of a generator's: `watching()`, a context in which the teacher looks at the images, for hooks of its own, and
   `end_round()`, called after the last step of a round.
+
+A run that is resumed gives a module back what its state_dict had; of anything else that it remembers, such as images of
+earlier rounds, torch's `get_extra_state` and `set_extra_state` make a part of that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
