@@ -1,8 +1,6 @@
 """The CUDA attention against the formula in float64, run on the CPU by the emulator in cuda_host (ASan, UBSan)."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,8 +10,7 @@ from testing_rules import assert_follows_rule
 
 from vitkd_fast.ops.attention import attention_backward_formula, attention_formula
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
-host = importlib.import_module("emulator")
+host = importlib.import_module("emulator")  # conftest.py knows where it is
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Heads of these widths that are not too long are computed whole in shared memory, if they are of 16-bit elements and
