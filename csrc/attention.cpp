@@ -29,7 +29,7 @@ Tensor attention(const Tensor& qkv_any, double scale, bool bfloat16) {
   STD_TORCH_CHECK(!bfloat16 || mixes(qkv), "bfloat16 is for a float32 qkv on the CPU");
   if (bfloat16) args.out_dtype = DType::bfloat16;
   const auto type = bfloat16 ? torch::headeronly::ScalarType::BFloat16 : qkv.scalar_type();
-  Tensor out = torch::stable::new_empty(qkv, {args.batch, args.tokens, args.heads * args.head_dim}, type);
+  Tensor out = new_empty(qkv, {args.batch, args.tokens, args.heads * args.head_dim}, type);
   args.out = out.mutable_data_ptr();
   if (out.numel() > 0) launch(&backend::attention, args, qkv);
   return out;
@@ -49,7 +49,7 @@ Tensor attention_backward(const Tensor& grad_any, const Tensor& qkv_any, double 
   args.grad_out_stride[1] = grad.stride(1);
   args.grad_out_stride[2] = args.head_dim;
   Tensor grad_qkv =
-      torch::stable::new_empty(qkv, {args.batch, args.tokens, 3, args.heads, args.head_dim});
+      new_empty(qkv, {args.batch, args.tokens, 3, args.heads, args.head_dim}, qkv.scalar_type());
   args.grad_qkv = grad_qkv.mutable_data_ptr();
   if (grad_qkv.numel() > 0) launch(&backend::attention_backward, args, qkv);
   return grad_qkv;

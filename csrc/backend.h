@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "../kernels/kernels.h"
@@ -38,6 +39,23 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 inline Tensor with_contiguous_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.size(last) == 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// What torch's new_empty makes, without its way through the dispatcher: for small tensors that way is most of an op.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                        torch::headeronly::ScalarType type) {
+  int64_t strides[8], numel = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = numel;
+    numel *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+  }
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                                  device_type, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 inline void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {

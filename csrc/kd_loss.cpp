@@ -5,9 +5,34 @@
 namespace vitkd {
 namespace {
 
+Tensor mean_of(const Tensor& rows) {
+  using torch::headeronly::ScalarType;
+  if constexpr (kCpu) {  // small, and torch's own mean would cost more than that
+    const int64_t count = rows.size(0);
+    const auto type = rows.scalar_type();
+    Tensor mean = new_empty(rows, {}, type);
+    double sum = 0;
+    auto average = [&](const auto* values, auto* out) {
+      for (int64_t i = 0; i < count; ++i) sum += values[i];
+      *out = sum / count;
+    };
+    if (type == ScalarType::Double) {
+      average(static_cast<const double*>(rows.const_data_ptr()), static_cast<double*>(mean.mutable_data_ptr()));
+    } else {
+      average(static_cast<const float*>(rows.const_data_ptr()), static_cast<float*>(mean.mutable_data_ptr()));
+    }
+    return mean;
+  } else {
+    using torch::stable::detail::from;
+    StableIValue stack[] = {from(rows), from(std::optional<ScalarType>())};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mean", "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> kd_loss(const Tensor& student_any, const Tensor& teacher_any, int64_t kind,
                                            double temperature, bool student_grad, bool teacher_grad,
-                                           double weight) {
+                                           double weight, bool mean) {
   using torch::headeronly::ScalarType;
   const Tensor student = with_contiguous_rows(student_any), teacher = with_contiguous_rows(teacher_any);
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
@@ -30,16 +55,17 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(const Tensor& student_any, const Tens
   args.teacher_stride = teacher.stride(0);
 
   const auto row_type = args.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor loss = torch::stable::new_empty(student, {args.rows}, row_type);
+  Tensor loss = new_empty(student, {args.rows}, row_type);
   auto gradient = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(student, {args.rows, args.classes}) : torch::stable::new_empty(student, {0});
+    const auto type = student.scalar_type();
+    return wanted ? new_empty(student, {args.rows, args.classes}, type) : new_empty(student, {0}, type);
   };
   Tensor grad_s = gradient(student_grad), grad_t = gradient(teacher_grad);
   args.loss = loss.mutable_data_ptr();
   args.student_grad = student_grad ? grad_s.mutable_data_ptr() : nullptr;
   args.teacher_grad = teacher_grad ? grad_t.mutable_data_ptr() : nullptr;
   if (args.rows > 0) launch(&backend::kd_loss, args, student);
-  return {loss, grad_s, grad_t};
+  return {mean ? mean_of(loss) : loss, grad_s, grad_t};
 }
 
 }  // namespace

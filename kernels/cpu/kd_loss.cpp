@@ -112,19 +112,21 @@ T largest(const S* logits, int64_t classes) {
 }
 
 // `reverse` weighs by the student's probabilities instead of the teacher's.
-template <class S>
-Softmaxes<Compute<S>> softmaxes(const Row<S>& row, bool reverse) {
+template <bool reverse, class S>
+Softmaxes<Compute<S>> softmaxes(const Row<S>& row) {
   using T = Compute<S>;
+  const S *const row_s = row.s, *const row_t = row.t;  // no store below changes these four
+  T *const row_q = row.q, *const row_p = row.p;
   const T scale = T(kLog2E / double(row.temperature));
   Softmaxes<T> result;
-  result.peak_s = largest(row.s, row.classes);
-  result.peak_t = largest(row.t, row.classes);
+  result.peak_s = largest(row_s, row.classes);
+  result.peak_t = largest(row_t, row.classes);
   Sum<T> sum_s, sum_t, weighed;
   sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
-    const Vec<T> s = below(row.s, c, count, result.peak_s), t = below(row.t, c, count, result.peak_t);
+    const Vec<T> s = below(row_s, c, count, result.peak_s), t = below(row_t, c, count, result.peak_t);
     const Vec<T> q = first_lanes<T>(exp2(s * scale), count, T(0)), p = first_lanes<T>(exp2(t * scale), count, T(0));
-    store(row.q + c, q);
-    store(row.p + c, p);
+    store(row_q + c, q);
+    store(row_p + c, p);
     sum_s.parts[part] += q;
     sum_t.parts[part] += p;
     weighed.parts[part] += reverse ? q * (s - t) : p * (t - s);
@@ -137,10 +139,10 @@ Softmaxes<Compute<S>> softmaxes(const Row<S>& row, bool reverse) {
 }
 
 // KL(first || second) T^2: the sum of p (log p - log q) and its gradients, p (log p - log q - the sum) and q - p.
-template <class S>
-Compute<S> kl(const Row<S>& row, bool reverse) {
+template <bool reverse, class S>
+Compute<S> kl(const Row<S>& row) {
   using T = Compute<S>;
-  const Softmaxes<T> soft = softmaxes(row, reverse);
+  const Softmaxes<T> soft = softmaxes<reverse>(row);
   const T inverse = T(1) / row.temperature, log_ratio = reverse ? -soft.log_ratio : soft.log_ratio;
   const T divergence = soft.weighed / (reverse ? soft.sum_s : soft.sum_t) * inverse + log_ratio;
   if (row.grad_s || row.grad_t) {
@@ -159,7 +161,7 @@ Compute<S> kl(const Row<S>& row, bool reverse) {
 template <class S>
 Compute<S> js(const Row<S>& row) {
   using T = Compute<S>;
-  const Softmaxes<T> soft = softmaxes(row, false);
+  const Softmaxes<T> soft = softmaxes<false>(row);
   const T inverse = T(1) / row.temperature, of_s = T(1) / soft.sum_s, of_t = T(1) / soft.sum_t;
   auto log_q_over_p = [&](int64_t c, auto count) {
     const Vec<T> s = below(row.s, c, count, soft.peak_s), t = below(row.t, c, count, soft.peak_t);
@@ -202,8 +204,8 @@ Compute<S> difference(const Row<S>& row, bool squared) {
 template <class S>
 Compute<S> row_loss(const Row<S>& row, KDKind kind) {
   switch (kind) {
-    case KDKind::kl: return kl(row, false);
-    case KDKind::reverse_kl: return kl(row, true);
+    case KDKind::kl: return kl<false>(row);
+    case KDKind::reverse_kl: return kl<true>(row);
     case KDKind::js: return js(row);
     case KDKind::l1: return difference(row, false);
     default: return difference(row, true);

@@ -193,7 +193,7 @@ inline Vec<float> exp2_fraction(Vec<float> f) {
   return p * f + 1.0f;
 }
 
-// 2^x for x <= 0, to the last bit or two unless coarse. NaN stays NaN, below 2^-126 is 0.
+// 2^x for x <= 0, to the last bit or two unless coarse. NaN stays NaN, 2^-127 and less is 0.
 template <bool coarse = false>
 inline Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
@@ -203,11 +203,9 @@ inline Vec<float> exp2(Vec<float> x) {
   return (Vec<float>)_mm512_maskz_scalef_ps(counts, (__m512)p, n);
 #else
   using Int = Lanes<float>::Int;
-  const Vec<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
-  const Vec<float> p = exp2_fraction<coarse>(x - (shifted - 12582912.0f));
-  const Int bits = (Int)p + ((Int)shifted << 23);
-  Vec<float> result = x < -126.0f ? Vec<float>{} : (Vec<float>)bits;
-  return x != x ? x : result;
+  constexpr float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: the low bits of a sum with it are the exponent of 2^n
+  const Vec<float> y = maximum<float>(broadcast(-127.0f), x), shifted = y + shift;
+  return exp2_fraction<coarse>(y - (shifted - shift)) * (Vec<float>)((Int)shifted << 23);
 #endif
 }
 

@@ -255,6 +255,7 @@ def kd_loss(
     student_grad: bool,
     teacher_grad: bool,
     weight: float = 1.0,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's loss and the gradients that are wanted; see `vitkd_fast.ops.kd_loss`.
 
@@ -265,10 +266,11 @@ def kd_loss(
         temperature: what the logits are divided by (not for l1 and mse).
         student_grad, teacher_grad: which gradients are wanted.
         weight: what they are multiplied by.
+        mean: whether the mean of the losses is wanted in their place.
 
     Returns:
-        The losses (B,) in float32, and weight * d loss / d student and / d teacher, (B, C) contiguous in the logits'
-        dtype, or (0,) where not wanted.
+        The losses (B,), or their mean (), in float32, and weight * d loss / d student and / d teacher, (B, C)
+        contiguous in the logits' dtype, or (0,) where not wanted.
 
     Raises:
         TypeError: another dtype, or two different ones.
@@ -286,7 +288,7 @@ def kd_loss(
         for wanted in (student_grad, teacher_grad)
     ]
     if batch == 0:
-        return rows, *grads
+        return rows.mean() if mean else rows, *grads
     sides = (student, student_grad, grads[0]), (teacher, teacher_grad, grads[1])
     if kind == _REVERSE_KL.value:
         kind, sides = _KL.value, sides[::-1]
@@ -300,7 +302,7 @@ def kd_loss(
             STUDENT_GRAD=student_grad, TEACHER_GRAD=teacher_grad, BLOCK=block, UNIT=unit,
             **_options(student.dtype, block),
         )  # fmt: skip
-    return rows, *grads
+    return rows.mean() if mean else rows, *grads
 
 
 def _plan(kind: int, classes: int) -> tuple[triton.JITFunction, int]:

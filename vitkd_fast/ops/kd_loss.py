@@ -70,21 +70,23 @@ def kd_loss_formula(
     student_grad: bool,
     teacher_grad: bool,
     weight: float = 1.0,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op in plain torch: each row's loss, and its gradients times `weight` where wanted (empty where not)."""
+    """The op in plain torch: each row's loss, or the mean of all; and the gradients of the rows' losses times `weight`
+    where wanted (empty where not)."""
     precise = student.to(_row_dtype(student)), teacher.to(_row_dtype(teacher))
     rows = kd_rows_formula(*precise, KINDS[kind], temperature)
     grads = kd_grads_formula(*precise, KINDS[kind], temperature) if student_grad or teacher_grad else precise
     return (
-        rows,
+        rows.mean() if mean else rows,
         (grads[0] * weight).to(student.dtype).contiguous() if student_grad else student.new_empty(0),
         (grads[1] * weight).to(teacher.dtype).contiguous() if teacher_grad else teacher.new_empty(0),
     )
 
 
-def _fake(student, teacher, kind, temperature, student_grad, teacher_grad, weight=1.0):
+def _fake(student, teacher, kind, temperature, student_grad, teacher_grad, weight=1.0, mean=False):
     return (
-        student.new_empty(student.shape[0], dtype=_row_dtype(student)),
+        student.new_empty(() if mean else student.shape[:1], dtype=_row_dtype(student)),
         student.new_empty(student.shape if student_grad else (0,)),
         teacher.new_empty(teacher.shape if teacher_grad else (0,)),
     )
@@ -96,7 +98,7 @@ def _row_dtype(logits: Tensor) -> torch.dtype:
 
 define(
     "kd_loss(Tensor student, Tensor teacher, int kind, float temperature, bool student_grad, bool teacher_grad,"
-    " float weight=1.0) -> (Tensor rows, Tensor student_grad, Tensor teacher_grad)",
+    " float weight=1.0, bool mean=False) -> (Tensor loss, Tensor student_grad, Tensor teacher_grad)",
     formula=kd_loss_formula,
     fake=_fake,
 )
@@ -114,7 +116,8 @@ LIBRARY.impl("scale_", _scale_formula, "CompositeExplicitAutograd")
 
 def _setup_context(ctx, inputs, output):
     _, student_grad, teacher_grad = output
-    ctx.weight = inputs[6]
+    ctx.weight, ctx.mean = inputs[6:]
+    ctx.rows = inputs[0].shape[0]
     ctx.mark_non_differentiable(student_grad, teacher_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(student_grad, teacher_grad)
@@ -147,10 +150,11 @@ def _times(grad: Tensor, factor: Tensor | None) -> Tensor:
     return _Once.apply(grad) if torch.is_grad_enabled() else grad  # where create_graph asks for a graph
 
 
-def _backward(ops, ctx, grad_rows, *_):
-    if grad_rows is None:
-        return (None,) * 7
-    return *_scaled(ctx, (grad_rows / ctx.weight).unsqueeze(1)), None, None, None, None, None
+def _backward(ops, ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
+    factor = grad / (ctx.weight * ctx.rows) if ctx.mean else (grad / ctx.weight).unsqueeze(1)
+    return *_scaled(ctx, factor), None, None, None, None, None, None
 
 
 class _Loss(torch.autograd.Function):
@@ -172,9 +176,9 @@ class _Loss(torch.autograd.Function):
             else:
                 weight = share
         with Below():
-            rows, *grads = ops.kd_loss(student, teacher, kind, temperature, *ctx.needs_input_grad[:2], weight)
-            ctx.save_for_backward(*grads)
-            return rows.mean() if mean else rows
+            loss, *grads = ops.kd_loss(student, teacher, kind, temperature, *ctx.needs_input_grad[:2], weight, mean)
+        ctx.save_for_backward(*grads)
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
@@ -246,20 +250,20 @@ def kd_loss(
     if teacher.dtype is not dtype:
         dtype = torch.promote_types(dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
+    mean = reduction == "batchmean"
     if dtype is torch.float64 and student.is_cuda:  # the CUDA kernels have no float64
         rows = kd_rows_formula(student, teacher, kind, temperature)
-    else:
-        enabled = torch.is_grad_enabled()
-        wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
-        ops, number, temperature = _ops(student), KINDS.index(kind), float(temperature)
-        if not is_plain(student, teacher):
-            rows, _, _ = ops.kd_loss(student, teacher, number, temperature, *wanted)
-        elif wanted[0] or wanted[1]:
-            return _Loss.apply(student, teacher, ops, number, temperature, reduction == "batchmean")
-        else:
-            with Below():
-                rows, _, _ = ops.kd_loss(student, teacher, number, temperature, False, False)
-    return rows.mean() if reduction == "batchmean" else rows
+        return rows.mean() if mean else rows
+    enabled = torch.is_grad_enabled()
+    wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
+    ops, number, temperature = _ops(student), KINDS.index(kind), float(temperature)
+    if not is_plain(student, teacher):
+        rows, _, _ = ops.kd_loss(student, teacher, number, temperature, *wanted)
+        return rows.mean() if mean else rows
+    if wanted[0] or wanted[1]:
+        return _Loss.apply(student, teacher, ops, number, temperature, mean)
+    with Below():
+        return ops.kd_loss(student, teacher, number, temperature, False, False, 1.0, mean)[0]
 
 
 def _check(student: Tensor, teacher: Tensor, kind: str, temperature: float, reduction: str) -> None:
