@@ -101,9 +101,10 @@ struct Softened {
   In* grad_down;                 // (tokens / steps, columns): for sums over keys
 };
 
-// One vector of columns of scores and dP; for floats, P and dS replace them.
+// One vector of columns of scores and dP; for floats, P and scale * dS replace them.
 template <class In, class T>
-void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, const Softened<In>& out) {
+void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, T scale,
+                      const Softened<In>& out) {
   const Vec<T> peak = column_max(scores, tokens, columns) * factor;
   Vec<T> sums[4], dots[4];
   VITKD_UNROLL
@@ -132,7 +133,7 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
       VITKD_UNROLL
       for (int i = 0; i < rows; ++i) {
         store(out.weights_rows + (n + i) * columns, p[i]);
-        store(out.grad_rows + (n + i) * columns, ds[i]);
+        store(out.grad_rows + (n + i) * columns, ds[i] * scale);
       }
     } else {
       VITKD_UNROLL
@@ -149,7 +150,7 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
   });
 }
 
-// What scores are multiplied by on their way into exp2: floats took scale * log2(e) into the query, pairs its sign alone.
+// What scores are multiplied by on their way into exp2: floats took scale * log2(e) into the query, pairs its sign.
 template <class In, class T = SumOf<In>>
 T exponent_factor(T scale) {
   return kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
@@ -202,33 +203,35 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
   const S* query = head_of<S>(args, index);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
-  O* out = static_cast<O*>(args.out) + (b * tokens * args.heads + h) * head_dim;
+  const int64_t out_stride = args.heads * head_dim;
+  O* out = static_cast<O*>(args.out) + b * tokens * out_stride + h * head_dim;
 
   Ahead ahead = next_head<S, O>(args, index);
   memory.rewind();
-  In* key_rows = memory.take<In>(tile_rows<In>(tokens) * key_width);
-  In* value_down = memory.take<In>(tile_depth<In>(tokens) * width);
+  In* key_room = memory.take<In>(tile_rows<In>(tokens) * key_width);
+  In* value_room = memory.take<In>(tile_depth<In>(tokens) * width);
+  const auto key_rows = by_elements(key, row_stride, tokens, head_dim, key_room);
+  const auto value_down = by_vectors(value, row_stride, tokens, head_dim, value_room);
   In* query_across = memory.take<In>(tile_depth<In>(head_dim) * strip);
   T* scores = memory.take<T>(tile_rows<In>(tokens) * strip);
   T* out_strip = memory.take<T>(strip * width);
   In* weights = kSteps<In> == 1 ? reinterpret_cast<In*>(scores) : memory.take<In>(tile_depth<In>(tokens) * strip);
-  pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
-  pack_down(value, row_stride, tokens, head_dim, value_down, width);
 
   const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
   for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     if (first / kStripLanes % parts != part) return;
     pack_across(query + first * row_stride, row_stride, rows, head_dim, scale, query_across, columns);
-    gemm<In>({tokens, columns, depth, key_rows, key_width, 1, query_across, columns, scores, columns, false, &ahead});
+    gemm<In>({tokens, columns, depth, key_rows.rows, key_rows.stride, 1, query_across, columns, scores, columns, false,
+              &ahead});
     T inverse[kStripLanes];
     for (int64_t n = 0; n < columns; n += kLanes<T>) {
       store(inverse + n, T(1) / exponentials(scores + n, tokens, columns, factor, weights + n));
     }
     clear(weights, steps<In>(tokens), tile_depth<In>(tokens), columns);
-    gemm<In>({rows, width, steps<In>(tokens), weights, 1, columns, value_down, width, out_strip, width, false, &ahead});
-    for (int64_t i = 0; i < rows; ++i) {
-      pack(out_strip + i * width, head_dim, inverse[i], out + (first + i) * args.heads * head_dim);
-    }
+    const Result<O, T> result(out + first * out_stride, out_stride, head_dim, out_strip);
+    gemm<In>({rows, width, steps<In>(tokens), weights, 1, columns, value_down.rows, value_down.stride, result.rows,
+              result.stride, false, &ahead, result.in_place ? inverse : nullptr});
+    result.finish(rows, [&](int64_t i) { return inverse[i]; });
   });
 }
 
@@ -250,56 +253,59 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
 
   Ahead ahead = next_head<S, O>(args, index);
   memory.rewind();
-  In* key_rows = memory.take<In>(padded_tokens * key_width);
-  In* value_rows = memory.take<In>(padded_tokens * key_width);
+  In* value_room = memory.take<In>(padded_tokens * key_width);
+  In* key_room = memory.take<In>(tile_depth<In>(tokens) * width);
+  const auto value_rows = by_elements(value, row_stride, tokens, head_dim, value_room);
+  const auto key_down = by_vectors(key, row_stride, tokens, head_dim, key_room);
+  auto key_rows = key_down;
+  if (pairs) key_rows = by_elements(key, row_stride, tokens, head_dim, memory.take<In>(padded_tokens * key_width));
   In* query_across = memory.take<In>(tile_depth<In>(head_dim) * strip);
   In* grad_across = memory.take<In>(tile_depth<In>(head_dim) * strip);
-  In* query_down = memory.take<In>(tile_depth<In>(strip) * width);
-  In* grad_down = memory.take<In>(tile_depth<In>(strip) * width);
+  In* query_room = memory.take<In>(tile_depth<In>(strip) * width);
+  In* grad_room = memory.take<In>(tile_depth<In>(strip) * width);
   T* scores = memory.take<T>(padded_tokens * strip);
   T* grads = memory.take<T>(padded_tokens * strip);
-  T* grad_query = memory.take<T>(strip * width);
-  T* grad_key = memory.take<T>(padded_tokens * width);
-  T* grad_value = memory.take<T>(padded_tokens * width);
-  In* key_down = pairs ? memory.take<In>(tile_depth<In>(tokens) * width) : key_rows;
+  T* query_strip = memory.take<T>(strip * width);
+  const Result<S, T> grad_key(grad_qkv + channels, out_stride, head_dim, memory.take<T>(padded_tokens * width));
+  const Result<S, T> grad_value(grad_qkv + 2 * channels, out_stride, head_dim, memory.take<T>(padded_tokens * width));
   Softened<In> softened = {reinterpret_cast<In*>(scores), reinterpret_cast<In*>(grads), reinterpret_cast<In*>(grads)};
   if (pairs) {
     softened = {memory.take<In>(padded_tokens * strip / 2), memory.take<In>(padded_tokens * strip / 2),
                 memory.take<In>(tile_depth<In>(tokens) * strip)};
-    pack_down(key, row_stride, tokens, head_dim, key_down, width);
   }
-  pack_rows(key, row_stride, tokens, head_dim, key_rows, key_width);
-  pack_rows(value, row_stride, tokens, head_dim, value_rows, key_width);
 
   const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
+  const auto rest = [&](int64_t) { return pairs ? T(args.scale) : T(1); };  // floats took the scale into dS
   for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     const S* queries = query + first * row_stride;
     const O* grads_out = grad + first * grad_stride;
     pack_across(queries, row_stride, rows, head_dim, scale, query_across, columns);
     pack_across(grads_out, grad_stride, rows, head_dim, T(1), grad_across, columns);
-    pack_down(queries, row_stride, rows, head_dim, query_down, width);
-    pack_down(grads_out, grad_stride, rows, head_dim, grad_down, width);
-    gemm<In>({tokens, columns, depth, key_rows, key_width, 1, query_across, columns, scores, columns, false, &ahead});
-    gemm<In>({tokens, columns, depth, value_rows, key_width, 1, grad_across, columns, grads, columns, false, &ahead});
+    const auto query_down = by_vectors(queries, row_stride, rows, head_dim, query_room);
+    const auto grad_down = by_vectors(grads_out, grad_stride, rows, head_dim, grad_room);
+    gemm<In>({tokens, columns, depth, key_rows.rows, key_rows.stride, 1, query_across, columns, scores, columns, false,
+              &ahead});
+    gemm<In>({tokens, columns, depth, value_rows.rows, value_rows.stride, 1, grad_across, columns, grads, columns,
+              false, &ahead});
     for (int64_t n = 0; n < columns; n += kLanes<T>) {
       const int64_t m = n / kSteps<In>;
-      softmax_backward<In>(scores + n, grads + n, tokens, columns, factor,
+      softmax_backward<In>(scores + n, grads + n, tokens, columns, factor, T(args.scale),
                            {softened.weights_rows + m, softened.grad_rows + m, softened.grad_down + n});
     }
     if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), columns);
     const int64_t row_steps = steps<In>(rows), a_row = columns / kSteps<In>;
     const bool later = first > 0;
-    gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, columns, key_down, width, grad_query, width, false, &ahead});
-    gemm<In>({tokens, width, row_steps, softened.weights_rows, a_row, 1, grad_down, width, grad_value, width, later, &ahead});
-    gemm<In>({tokens, width, row_steps, softened.grad_rows, a_row, 1, query_down, width, grad_key, width, later, &ahead});
-    for (int64_t i = 0; i < rows; ++i) {
-      pack(grad_query + i * width, head_dim, T(args.scale), grad_qkv + (first + i) * out_stride);
-    }
+    const Result<S, T> grad_query(grad_qkv + first * out_stride, out_stride, head_dim, query_strip);
+    gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, columns, key_down.rows, key_down.stride,
+              grad_query.rows, grad_query.stride, false, &ahead});
+    gemm<In>({tokens, width, row_steps, softened.weights_rows, a_row, 1, grad_down.rows, grad_down.stride,
+              grad_value.rows, grad_value.stride, later, &ahead});
+    gemm<In>({tokens, width, row_steps, softened.grad_rows, a_row, 1, query_down.rows, query_down.stride,
+              grad_key.rows, grad_key.stride, later, &ahead});
+    grad_query.finish(rows, rest);
   });
-  for (int64_t n = 0; n < tokens; ++n) {
-    pack(grad_key + n * width, head_dim, T(args.scale), grad_qkv + n * out_stride + channels);
-    pack(grad_value + n * width, head_dim, T(1), grad_qkv + n * out_stride + 2 * channels);
-  }
+  grad_key.finish(tokens, rest);
+  grad_value.finish(tokens, [](int64_t) { return T(1); });
 }
 
 // Heads of short sequences are small: hand out enough of them at a time to be worth a thread.

@@ -83,6 +83,7 @@ struct Gemm {
   int64_t c_row;
   bool accumulate;
   Ahead* ahead;
+  const T* row_factor = nullptr;  // what each row of the result is multiplied by
 };
 
 #if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers: 24 accumulators, up to 4 of B, a broadcast
@@ -124,6 +125,13 @@ void gemm_tile(const Gemm<In>& g, int64_t row, int64_t column) {
       for (int v = 0; v < V; ++v) sums[r][v] += load(c + r * c_row + v * lanes);
     }
   }
+  if (g.row_factor != nullptr) {
+    VITKD_UNROLL
+    for (int r = 0; r < R; ++r) {
+      VITKD_UNROLL
+      for (int v = 0; v < V; ++v) sums[r][v] *= g.row_factor[row + r];
+    }
+  }
   VITKD_UNROLL
   for (int r = 0; r < R; ++r) {
     VITKD_UNROLL
@@ -158,8 +166,10 @@ void gemm_panel(const Gemm<In>& g, int64_t column, int vectors) {
 template <class In>
 void gemm(Gemm<In> g) {
   constexpr int64_t lanes = kLanes<SumOf<In>>;
+  const auto* const row_factor = g.row_factor;
   for (int64_t left = g.depth, sections = left < 64 ? 1 : (left + 32) / 64; sections > 0; --sections) {
     g.depth = (left + sections - 1) / sections;
+    g.row_factor = sections == 1 ? row_factor : nullptr;
     for (int64_t vectors = g.columns / lanes, column = 0; vectors > 0;) {
       const int64_t panels = (vectors + kVectors - 1) / kVectors, width = (vectors + panels - 1) / panels;
       gemm_panel<In, kVectors>(g, column, static_cast<int>(width));

@@ -171,4 +171,65 @@ void pack_down(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* 
   pack_rows(in, stride, rows, head_dim, out, width);
 }
 
+// Rows as a product takes them: where they are stored if it can read them there, else packed into `room`.
+template <class In>
+struct Operand {
+  const In* rows;
+  int64_t stride;
+};
+
+// For the side of a product that is read element by element.
+template <class S, class In>
+Operand<In> by_elements(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* room) {
+  if constexpr (std::is_same_v<In, S>) {
+    return {in, stride};
+  } else {
+    const int64_t width = pad<SumOf<In>>(steps<In>(head_dim));
+    pack_rows(in, stride, rows, head_dim, room, width);
+    return {room, width};
+  }
+}
+
+// Whether rows `stride` bytes apart can be read over and over: their pages leave the first TLB's 64 entries some room,
+// and no more than four of them begin in the same set of a first-level cache, whose sets repeat every 4 KB.
+inline bool lie_close(int64_t rows, int64_t stride) {
+  const int64_t power_of_two = stride & -stride;
+  return rows * stride <= 160 << 10 && rows * power_of_two <= 4 * 4096;
+}
+
+// For the side that is read by vectors, by every tile anew.
+template <class S, class In>
+Operand<In> by_vectors(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* room) {
+  const int64_t width = pad<SumOf<In>>(head_dim);
+  if constexpr (std::is_same_v<In, S>) {
+    if (width == head_dim && lie_close(rows, stride * int64_t{sizeof(S)})) return {in, stride};
+  }
+  pack_down(in, stride, rows, head_dim, room, width);
+  return {room, width};
+}
+
+// Rows of a result: a product leaves them where they belong if it can, else in `room`, from where `finish` moves them.
+template <class S, class T>
+struct Result {
+  S* out;
+  int64_t out_stride, head_dim;
+  T* rows;
+  int64_t stride;
+  bool in_place = false;
+
+  Result(S* out, int64_t out_stride, int64_t head_dim, T* room)
+      : out(out), out_stride(out_stride), head_dim(head_dim), rows(room), stride(pad<T>(head_dim)) {
+    if constexpr (std::is_same_v<S, T>) {
+      if (stride == head_dim) rows = out, stride = out_stride, in_place = true;
+    }
+  }
+
+  // Row i times factor(i).
+  template <class Factor>
+  void finish(int64_t count, Factor factor) const {
+    if (in_place) return;
+    for (int64_t i = 0; i < count; ++i) pack(rows + i * stride, head_dim, factor(i), out + i * out_stride);
+  }
+};
+
 }  // namespace vitkd::cpu::VITKD_ISA
