@@ -41,7 +41,18 @@ inline Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.size(last) == 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// What torch's new_empty makes, without its way through the dispatcher: for small tensors that way is most of an op.
+// Without the dispatcher, which torch's new_empty goes through: for small tensors that is half of an op.
+inline Tensor new_empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                torch::headeronly::ScalarType type) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, like.get_device_index(), &made));
+  return Tensor(made);
+}
+
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
                         torch::headeronly::ScalarType type) {
   int64_t strides[8], numel = 1;
@@ -49,13 +60,7 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
     strides[i] = numel;
     numel *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
   }
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                                  device_type, like.get_device_index(), &made));
-  return Tensor(made);
+  return new_empty_strided(like, static_cast<int64_t>(sizes.size()), sizes.begin(), strides, type);
 }
 
 inline void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {

@@ -52,6 +52,15 @@ struct KDLoss {
   void* teacher_grad;
 };
 
+// out = x Φ(x), or grad times its derivative at x; on the CPU alone.
+struct Gelu {
+  DType dtype;  // not float64
+  int64_t count;
+  const void* x;     // these three contiguous
+  const void* grad;  // null for the value
+  void* out;
+};
+
 // data *= factor * share, of both; a factor * share of 1 touches neither.
 struct Scale {
   DType dtype;
@@ -69,6 +78,7 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t,
 void attention(const Attention&, ParallelFor);
 void attention_backward(const AttentionBackward&, ParallelFor);
 void kd_loss(const KDLoss&, ParallelFor);
+void gelu(const Gelu&, ParallelFor);
 
 }  // namespace cpu
 

@@ -1,10 +1,12 @@
-"""Run the attention of a model of timm or of transformers on `vitkd_fast.ops.attention`, in place."""
+"""Run the attention of a model of timm or of transformers on `vitkd_fast.ops.attention`, and its GELUs on
+`vitkd_fast.ops.gelu`, in place."""
 
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd_fast import ops
@@ -28,19 +30,24 @@ class AccelerateReport:
         switched: number of attention blocks that now run on `vitkd_fast.ops.attention`.
         kept: module name -> why that attention block still runs its own code.
         eval_only: names of switched blocks with attention dropout, which run their own code while training.
+        activations: number of GELUs that now run on `vitkd_fast.ops.gelu`.
     """
 
     switched: int
     kept: dict[str, str]
     eval_only: tuple[str, ...] = ()
+    activations: int = 0
 
     def __str__(self) -> str:
         total = self.switched + len(self.kept)
         if total == 0:
-            return "0 attention blocks switched: the model has none of timm's or transformers' that ours can replace"
-        lines = [f"{self.switched} of {total} attention blocks switched"]
+            lines = ["0 attention blocks switched: the model has none of timm's or transformers' that ours can replace"]
+        else:
+            lines = [f"{self.switched} of {total} attention blocks switched"]
         if self.eval_only:
             lines[0] += f" ({len(self.eval_only)} in eval mode only: attention dropout)"
+        if self.activations:
+            lines[0] += f", and {self.activations} GELUs"
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             by_reason.setdefault(reason, []).append(name or "the model itself")
@@ -49,8 +56,9 @@ class AccelerateReport:
 
 
 def accelerate(model: nn.Module) -> AccelerateReport:
-    """Switch every timm ViT/DeiT attention block in `model` to `vitkd_fast.ops.attention`, in place; and models of
-    transformers that run on torch's attention (`attn_implementation="sdpa"`, their default).
+    """Switch every timm ViT/DeiT attention block in `model` to `vitkd_fast.ops.attention`, in place; models of
+    transformers that run on torch's attention (`attn_implementation="sdpa"`, their default); and the GELUs of all to
+    `vitkd_fast.ops.gelu`.
 
     Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle and torch.compile stay as they were; calling
     it again changes nothing. A block that needs what the op lacks keeps its own code, and so does a single call that
@@ -76,7 +84,7 @@ def accelerate(model: nn.Module) -> AccelerateReport:
         switched += 1
         if _dropout(module) > 0:
             eval_only.append(name)
-    return AccelerateReport(switched, kept, tuple(eval_only))
+    return AccelerateReport(switched, kept, tuple(eval_only), _switch_activations(model))
 
 
 class _FusedAttention(nn.Module):
@@ -120,6 +128,24 @@ class _FusedAttention(nn.Module):
         # The class is made at run time, where pickle and deepcopy cannot find it by name: name its base instead.
         state = super().__reduce_ex__(protocol)[2:]
         return _rebuild, (type(self).__bases__[1],), *state
+
+
+class _FastGELU(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.gelu(input)
+
+
+def _switch_activations(model: nn.Module) -> int:
+    """Let torch's and transformers' exact GELUs run on ours; how many do."""
+    count = 0
+    module: Any
+    for module in model.modules():
+        if type(module) is nn.GELU and module.approximate == "none" and "forward" not in vars(module):
+            module.__class__ = _FastGELU
+        elif is_of_transformers(module) and getattr(module, "act", None) is F.gelu:
+            module.act = ops.gelu
+        count += isinstance(module, _FastGELU) or getattr(module, "act", None) is ops.gelu
+    return count
 
 
 _FUSED_CLASSES: dict[type, type] = {}  # timm's Attention, or a subclass with the same forward -> its fused subclass

@@ -101,7 +101,7 @@ struct Softened {
   In* grad_down;                 // (tokens / steps, columns): for sums over keys
 };
 
-// One vector of columns of scores and dP; for floats, P and scale * dS replace them.
+// One vector of columns of scores and dP; P and scale * dS, which for floats replace them.
 template <class In, class T>
 void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, T scale,
                       const Softened<In>& out) {
@@ -120,20 +120,21 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
       dots[i] += e * load(grads + (n + i) * columns);
     }
   });
-  const Vec<T> inverse = T(1) / total<T>(sums), delta = total<T>(dots) * inverse;
+  const Vec<T> inverse = T(1) / total<T>(sums), scaled = inverse * scale, delta = total<T>(dots) * inverse;
   by_fours(tokens, [&](int64_t n, auto count) {
     constexpr int rows = count;
     Vec<T> p[rows], ds[rows];
     VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
-      p[i] = load(scores + (n + i) * columns) * inverse;
-      ds[i] = p[i] * (load(grads + (n + i) * columns) - delta);
+      const Vec<T> e = load(scores + (n + i) * columns);
+      p[i] = e * inverse;
+      ds[i] = e * scaled * (load(grads + (n + i) * columns) - delta);
     }
     if constexpr (kSteps<In> == 1) {
       VITKD_UNROLL
       for (int i = 0; i < rows; ++i) {
         store(out.weights_rows + (n + i) * columns, p[i]);
-        store(out.grad_rows + (n + i) * columns, ds[i] * scale);
+        store(out.grad_rows + (n + i) * columns, ds[i]);
       }
     } else {
       VITKD_UNROLL
@@ -275,7 +276,9 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   }
 
   const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
-  const auto rest = [&](int64_t) { return pairs ? T(args.scale) : T(1); };  // floats took the scale into dS
+  // Floats take the scale into dS; pairs, which would round it, into dQ and dK.
+  const T grad_scale = pairs ? T(1) : T(args.scale);
+  const auto rest = [&](int64_t) { return pairs ? T(args.scale) : T(1); };
   for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
     const S* queries = query + first * row_stride;
     const O* grads_out = grad + first * grad_stride;
@@ -289,7 +292,7 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
               false, &ahead});
     for (int64_t n = 0; n < columns; n += kLanes<T>) {
       const int64_t m = n / kSteps<In>;
-      softmax_backward<In>(scores + n, grads + n, tokens, columns, factor, T(args.scale),
+      softmax_backward<In>(scores + n, grads + n, tokens, columns, factor, grad_scale,
                            {softened.weights_rows + m, softened.grad_rows + m, softened.grad_down + n});
     }
     if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), columns);

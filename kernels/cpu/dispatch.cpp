@@ -11,6 +11,7 @@ namespace vitkd::cpu {
   void attention(const Attention&, ParallelFor);                  \
   void attention_backward(const AttentionBackward&, ParallelFor); \
   void kd_loss(const KDLoss&, ParallelFor);                       \
+  void gelu(const Gelu&, ParallelFor);                            \
   }
 
 VITKD_DECLARE(portable)
@@ -27,10 +28,13 @@ struct Kernels {
   decltype(&portable::attention) attention, attention_bf16;
   decltype(&portable::attention_backward) attention_backward, attention_backward_bf16;
   decltype(&portable::kd_loss) kd_loss;
+  decltype(&portable::gelu) gelu;
 };
 
 #define VITKD_KERNELS(isa, bf16) \
-  Kernels { isa::attention, bf16::attention, isa::attention_backward, bf16::attention_backward, isa::kd_loss }
+  Kernels {                                                                                               \
+    isa::attention, bf16::attention, isa::attention_backward, bf16::attention_backward, isa::kd_loss, isa::gelu \
+  }
 
 Kernels choose() {
 #if defined(__x86_64__)
@@ -63,5 +67,6 @@ void attention_backward(const AttentionBackward& args, ParallelFor parallel_for)
   (bf16 ? kernels().attention_backward_bf16 : kernels().attention_backward)(args, parallel_for);
 }
 void kd_loss(const KDLoss& args, ParallelFor parallel_for) { kernels().kd_loss(args, parallel_for); }
+void gelu(const Gelu& args, ParallelFor parallel_for) { kernels().gelu(args, parallel_for); }
 
 }  // namespace vitkd::cpu

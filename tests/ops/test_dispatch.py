@@ -77,6 +77,7 @@ class TestOpcheck:
             tensor.requires_grad_(want) for tensor, want in zip(logits(device=device), wanted, strict=True)
         )
         torch.library.opcheck(ops.kd_loss.default, (student, teacher, kind, 1.0, *wanted))
+        torch.library.opcheck(ops.kd_loss.default, (student, teacher, kind, 1.0, *wanted, 0.3, True))
 
     @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
     def test_kd_loss_in_low_precision(self, device, dtype):

@@ -145,6 +145,30 @@ def test_gradients_only_where_wanted(op, kind, wanted):
         assert torch.equal(grad, expected) if is_wanted else grad.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7, 1000])
+def test_the_mean_is_that_of_the_rows(op, rows, dtype):
+    if op.device == "cuda" and dtype is torch.float64:
+        pytest.skip("the CUDA kernels have no float64")
+    student, teacher = draw(rows, 33, dtype, op.device)
+    losses, *grads = op(student, teacher, "kl", 2.0)
+    mean, *same = op.call(student, teacher, 0, 2.0, True, True, 1.0, True)
+    assert mean.dtype is losses.dtype
+    torch.testing.assert_close(mean, losses.double().mean().to(losses.dtype), rtol=1e-6, atol=0, equal_nan=True)
+    assert all(map(torch.equal, grads, same))
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_ops_own_gradient_of_the_mean(weight, wanted):
+    sides = [tensor.requires_grad_(want) for tensor, want in zip(draw(9, 33, torch.float64), wanted, strict=True)]
+    asked = [side for side, want in zip(sides, wanted, strict=True) if want]
+    mean, _, _ = torch.ops.vitkd.kd_loss(*sides, 0, 2.0, *wanted, weight, True)
+    expected = torch.autograd.grad(kd_rows_formula(*sides, "kl", 2.0).mean(), asked)
+    for grad, exact in zip(torch.autograd.grad(mean, asked), expected, strict=True):
+        torch.testing.assert_close(grad, exact)
+
+
 def test_empty_batch(op):
     rows, student_grad, teacher_grad = op(*draw(0, 10, torch.float32, op.device), "kl", 1.0)
     assert rows.shape == (0,)

@@ -3,6 +3,7 @@
 from vitkd_fast.ops.attention import attention
 from vitkd_fast.ops.attention_consistency import attention_consistency
 from vitkd_fast.ops.attention_kd import attention_kd
+from vitkd_fast.ops.gelu import gelu
 from vitkd_fast.ops.kd_loss import kd_loss
 from vitkd_fast.ops.patch_similarity_entropy import patch_similarity_entropy
 from vitkd_fast.ops.token_relation_kd import token_relation_kd
@@ -11,6 +12,7 @@ __all__ = [
     "attention",
     "attention_consistency",
     "attention_kd",
+    "gelu",
     "kd_loss",
     "patch_similarity_entropy",
     "token_relation_kd",

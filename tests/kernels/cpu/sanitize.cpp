@@ -184,6 +184,21 @@ void kd_case(DType dtype, int64_t classes, int64_t offset) {
   }
 }
 
+void gelu_case(DType dtype, int64_t count, int64_t offset) {
+  Buffer x(dtype, count, offset), grad(dtype, count, offset), out(dtype, count, offset), slope(dtype, count, offset);
+  x.fill();
+  grad.fill();
+  auto whole = [](int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), void* context) { body(0, n, context); };
+  cpu::gelu({dtype, count, x.data(), nullptr, out.data()}, whole);
+  cpu::gelu({dtype, count, x.data(), grad.data(), slope.data()}, whole);
+  for (int64_t i = 0; i < count; ++i) {
+    const double at = x.get(i), below = std::erfc(-at / std::sqrt(2.0)) / 2;
+    const double density = std::exp(-at * at / 2) / std::sqrt(2 * 3.14159265358979);
+    expect(out.get(i), at * below, 1 + std::abs(at), dtype, "gelu");
+    expect(slope.get(i), grad.get(i) * (below + at * density), 1 + std::abs(grad.get(i)), dtype, "gelu_backward");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -196,6 +211,8 @@ int main() {
       if (offset > 0) attention_case(dtype, dtype, dtype == DType::bfloat16 ? 261 : 130, 40, offset), ++cases;
       if (dtype == DType::float32) attention_case(dtype, DType::bfloat16, 33, 40, offset), ++cases;
       for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
+      if (dtype == DType::float64) continue;
+      for (int64_t count : {1, 7, 8, 15, 16, 17, 100}) gelu_case(dtype, count, offset), ++cases;
     }
   }
   std::printf("%d cases clean on %s\n", cases, cpu::chosen_isa());
