@@ -4,6 +4,7 @@ A generator that learns plays against the student (Fang et al. 2019; Habib et al
 the student still disagrees with the teacher, the student learns to agree on them. One that only draws learns nothing.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from vitkd_fast import generator_objectives, student_objectives  # noqa: F401  t
 from vitkd_fast.config import Config
 from vitkd_fast.generator import GENERATORS, Generator
 from vitkd_fast.guard import GuardedOptimizer, NonFiniteError
+from vitkd_fast.memory import kept_between_steps
 from vitkd_fast.models import default_device, frozen
 from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, check_names
@@ -80,7 +82,8 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
             f"evaluate_every is {config.evaluate_every}, but there is nothing to measure on; give evaluate=."
         )
     device = default_device(config.device, teacher, student)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    memory = kept_between_steps() if device.type == "cpu" else contextlib.nullcontext()
+    with memory, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         loaded = task.load_teacher(teacher, config).to(device)
         with frozen(loaded):
