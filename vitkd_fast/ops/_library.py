@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("vitkd", "DEF")
@@ -61,6 +62,11 @@ def is_plain(*tensors: Tensor) -> bool:
         if type(tensor) is not Tensor and type(tensor) is not Parameter:
             return False
     return True
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are under way: an op with a gradient of its own would drop them in silence."""
+    return forward_ad._current_level >= 0
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -5,7 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import Below, autocast_dtype, define, differentiate, forbid_double_backward, is_plain
+from vitkd_fast.ops._library import (
+    Below,
+    autocast_dtype,
+    define,
+    differentiate,
+    forbid_double_backward,
+    forward_mode,
+    is_plain,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 128  # of the fused kernels; wider heads go to torch's scaled_dot_product_attention
@@ -97,7 +105,8 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
     Heads wider than 128, a single token and, on a GPU, sequences of more tokens than our kernels are good for (see
     `vitkd_fast.choice`) are computed by torch's scaled_dot_product_attention. The gradient is deterministic wherever
-    ours compute it, and has no second derivative. Source: Vaswani et al. 2017, eq. 1.
+    ours compute it, and has no second derivative; in forward mode the formula is differentiated. Source: Vaswani et al.
+    2017, eq. 1.
     """
     _check(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -106,6 +115,8 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     if name == "sdpa":
         query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    if forward_mode():
+        return attention_formula(qkv.to(dtype), scale)
     bfloat16 = dtype is torch.bfloat16 and qkv.dtype is torch.float32 and qkv.device.type == "cpu"
     if qkv.dtype is not dtype and not bfloat16:
         qkv = qkv.to(dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_fast.ops._library import LIBRARY, Below, is_plain
+from vitkd_fast.ops._library import LIBRARY, Below, forward_mode, is_plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the CPU's kernel
 
@@ -61,7 +61,7 @@ def gelu(x: Tensor) -> Tensor:
 
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
     """
-    if not (is_plain(x) and x.is_cpu and x.dtype in DTYPES and x.is_contiguous()):
+    if not (is_plain(x) and x.is_cpu and x.dtype in DTYPES and x.is_contiguous()) or forward_mode():
         return F.gelu(x)
     if x.requires_grad and torch.is_grad_enabled():
         return _Gelu.apply(x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import LIBRARY, Below, define, differentiate, is_plain
+from vitkd_fast.ops._library import LIBRARY, Below, define, differentiate, forward_mode, is_plain
 
 Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
 Reduction = Literal["batchmean", "none"]
@@ -251,7 +251,8 @@ def kd_loss(
         dtype = torch.promote_types(dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
     mean = reduction == "batchmean"
-    if dtype is torch.float64 and student.is_cuda:  # the CUDA kernels have no float64
+    if forward_mode() or (dtype is torch.float64 and student.is_cuda):  # the CUDA kernels have no float64
+        student, teacher = student.to(_row_dtype(student)), teacher.to(_row_dtype(teacher))
         rows = kd_rows_formula(student, teacher, kind, temperature)
         return rows.mean() if mean else rows
     enabled = torch.is_grad_enabled()
