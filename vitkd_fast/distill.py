@@ -71,7 +71,8 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
         RuntimeError: a teacher by name whose weights cannot be had.
         NonFiniteError: more than `max_skipped` steps had a non-finite loss; the message names the term.
 
-    The same seed gives the same student, bit for bit on the CPU. The caller's random state is left as it was.
+    The same seed gives the same student, bit for bit on the CPU. The caller's random state is left as it was. On the
+    CPU, memory that a step frees stays with the process until the run is over (`vitkd_fast/memory.py`).
     """
     config = Config.of(options)
     task = task_of(config)
