@@ -178,23 +178,29 @@ struct Operand {
   int64_t stride;
 };
 
+// Whether rows `stride` bytes apart stay in a cache whose sets repeat every `period` bytes: no more than so many of them
+// begin in the same set.
+inline bool spread(int64_t rows, int64_t stride, int64_t period, int64_t ways) {
+  return rows * (stride & -stride) <= ways * period;
+}
+
+// ... in the second level, for what every strip of queries comes by again.
+inline bool stay_near(int64_t rows, int64_t stride) { return spread(rows, stride, 64 << 10, 8); }
+
+// ... in the first, for what every tile does, with pages that leave the first TLB's 64 entries some room.
+inline bool stay_close(int64_t rows, int64_t stride) {
+  return rows * stride <= 160 << 10 && spread(rows, stride, 4 << 10, 4);
+}
+
 // For the side of a product that is read element by element.
 template <class S, class In>
 Operand<In> by_elements(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* room) {
   if constexpr (std::is_same_v<In, S>) {
-    return {in, stride};
-  } else {
-    const int64_t width = pad<SumOf<In>>(steps<In>(head_dim));
-    pack_rows(in, stride, rows, head_dim, room, width);
-    return {room, width};
+    if (stay_near(rows, stride * int64_t{sizeof(S)})) return {in, stride};
   }
-}
-
-// Whether rows `stride` bytes apart can be read over and over: their pages leave the first TLB's 64 entries some room,
-// and no more than four of them begin in the same set of a first-level cache, whose sets repeat every 4 KB.
-inline bool lie_close(int64_t rows, int64_t stride) {
-  const int64_t power_of_two = stride & -stride;
-  return rows * stride <= 160 << 10 && rows * power_of_two <= 4 * 4096;
+  const int64_t width = pad<SumOf<In>>(steps<In>(head_dim));
+  pack_rows(in, stride, rows, head_dim, room, width);
+  return {room, width};
 }
 
 // For the side that is read by vectors, by every tile anew.
@@ -202,7 +208,7 @@ template <class S, class In>
 Operand<In> by_vectors(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* room) {
   const int64_t width = pad<SumOf<In>>(head_dim);
   if constexpr (std::is_same_v<In, S>) {
-    if (width == head_dim && lie_close(rows, stride * int64_t{sizeof(S)})) return {in, stride};
+    if (width == head_dim && stay_close(rows, stride * int64_t{sizeof(S)})) return {in, stride};
   }
   pack_down(in, stride, rows, head_dim, room, width);
   return {room, width};
@@ -217,10 +223,12 @@ struct Result {
   int64_t stride;
   bool in_place = false;
 
-  Result(S* out, int64_t out_stride, int64_t head_dim, T* room)
+  // `count` rows, summed up by strip after strip, or written once.
+  Result(S* out, int64_t out_stride, int64_t head_dim, T* room, int64_t count, bool summed)
       : out(out), out_stride(out_stride), head_dim(head_dim), rows(room), stride(pad<T>(head_dim)) {
     if constexpr (std::is_same_v<S, T>) {
-      if (stride == head_dim) rows = out, stride = out_stride, in_place = true;
+      const bool near = !summed || stay_near(count, out_stride * int64_t{sizeof(S)});
+      if (stride == head_dim && near) rows = out, stride = out_stride, in_place = true;
     }
   }
 

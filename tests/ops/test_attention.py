@@ -339,3 +339,18 @@ def test_public_function_and_its_gradient(device, head_dim, dtype):
     # Under a sum all channels of a value's gradient are one number, and all keys share their queries' denominators.
     assert_follows_rule(grad, exact, formula, "grad_qkv", correlated=65 * head_dim)
     assert out.is_contiguous()
+
+
+@needs_native
+def test_where_the_rows_lie_changes_no_bit():
+    """Rows 12 KB apart are packed, for they would crowd a few sets of the caches; others are read where they are."""
+    qkv, grad_out = draw(1, 300, 16, 64, torch.float32)
+    wide = torch.empty(1, 300, 3 * 16 * 64 + 64)
+    wide[..., :-64] = qkv.flatten(2)
+    apart = wide[..., :-64].unflatten(-1, (3, 16, 64))
+    out, grad = torch.ops.vitkd.attention(qkv, 0.125), torch.ops.vitkd.attention_backward(grad_out, qkv, 0.125)
+    assert torch.equal(torch.ops.vitkd.attention(apart, 0.125), out)
+    assert torch.equal(torch.ops.vitkd.attention_backward(grad_out, apart, 0.125), grad)
+    one, one_grad = qkv[:, :, :, 3:4].contiguous(), grad_out[..., 192:256]
+    assert torch.equal(torch.ops.vitkd.attention(one, 0.125), out[..., 192:256])
+    assert torch.equal(torch.ops.vitkd.attention_backward(one_grad, one, 0.125), grad[:, :, :, 3:4])
