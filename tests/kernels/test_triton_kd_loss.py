@@ -118,6 +118,7 @@ def test_weight_is_of_the_gradients(classes, kind):
     rows, *grads = kd_loss(student, teacher, index, 1.0, True, True)
     weighted_rows, *weighted = kd_loss(student, teacher, index, 1.0, True, True, 0.25)
     assert torch.equal(weighted_rows, rows)
+    assert torch.equal(kd_loss(student, teacher, index, 1.0, False, False, 1.0, True)[0], rows.mean())
     for mine, expected in zip(weighted, grads):
         assert torch.equal(mine, expected / 4)
 
