@@ -229,7 +229,7 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
       store(inverse + n, T(1) / exponentials(scores + n, tokens, columns, factor, weights + n));
     }
     clear(weights, steps<In>(tokens), tile_depth<In>(tokens), columns);
-    const Result<O, T> result(out + first * out_stride, out_stride, head_dim, out_strip, rows, false);
+    const Result<O, In> result(out + first * out_stride, out_stride, head_dim, out_strip, rows, false);
     gemm<In>({rows, width, steps<In>(tokens), weights, 1, columns, value_down.rows, value_down.stride, result.rows,
               result.stride, false, &ahead, result.in_place ? inverse : nullptr});
     result.finish(rows, [&](int64_t i) { return inverse[i]; });
@@ -269,8 +269,8 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   T* query_strip = memory.take<T>(strip * width);
   T* grad_key_room = memory.take<T>(padded_tokens * width);
   T* grad_value_room = memory.take<T>(padded_tokens * width);
-  const Result<S, T> grad_key(grad_qkv + channels, out_stride, head_dim, grad_key_room, tokens, true);
-  const Result<S, T> grad_value(grad_qkv + 2 * channels, out_stride, head_dim, grad_value_room, tokens, true);
+  const Result<S, In> grad_key(grad_qkv + channels, out_stride, head_dim, grad_key_room, tokens, true);
+  const Result<S, In> grad_value(grad_qkv + 2 * channels, out_stride, head_dim, grad_value_room, tokens, true);
   Softened<In> softened = {reinterpret_cast<In*>(scores), reinterpret_cast<In*>(grads), reinterpret_cast<In*>(grads)};
   if (pairs) {
     softened = {memory.take<In>(padded_tokens * strip / 2), memory.take<In>(padded_tokens * strip / 2),
@@ -300,7 +300,7 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
     if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), columns);
     const int64_t row_steps = steps<In>(rows), a_row = columns / kSteps<In>;
     const bool later = first > 0;
-    const Result<S, T> grad_query(grad_qkv + first * out_stride, out_stride, head_dim, query_strip, rows, false);
+    const Result<S, In> grad_query(grad_qkv + first * out_stride, out_stride, head_dim, query_strip, rows, false);
     gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, columns, key_down.rows, key_down.stride,
               grad_query.rows, grad_query.stride, false, &ahead});
     gemm<In>({tokens, width, row_steps, softened.weights_rows, a_row, 1, grad_down.rows, grad_down.stride,

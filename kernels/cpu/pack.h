@@ -214,9 +214,12 @@ Operand<In> by_vectors(const S* in, int64_t stride, int64_t rows, int64_t head_d
   return {room, width};
 }
 
-// Rows of a result: a product leaves them where they belong if it can, else in `room`, from where `finish` moves them.
-template <class S, class T>
+// Rows of a result: a product leaves them where they belong if it can, else in `room`, from where `finish` moves them. A
+// product of pairs cannot: on tiles it writes whole ones, and its results have a factor to come.
+template <class S, class In>
 struct Result {
+  using T = SumOf<In>;
+  static constexpr bool possible = std::is_same_v<S, In>;
   S* out;
   int64_t out_stride, head_dim;
   T* rows;
@@ -226,7 +229,7 @@ struct Result {
   // `count` rows, summed up by strip after strip, or written once.
   Result(S* out, int64_t out_stride, int64_t head_dim, T* room, int64_t count, bool summed)
       : out(out), out_stride(out_stride), head_dim(head_dim), rows(room), stride(pad<T>(head_dim)) {
-    if constexpr (std::is_same_v<S, T>) {
+    if constexpr (possible) {
       const bool near = !summed || stay_near(count, out_stride * int64_t{sizeof(S)});
       if (stride == head_dim && near) rows = out, stride = out_stride, in_place = true;
     }

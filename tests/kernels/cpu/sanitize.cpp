@@ -209,7 +209,9 @@ int main() {
         for (int64_t head_dim : {1, 7, 16, 24, 33, 64}) attention_case(dtype, dtype, tokens, head_dim, offset), ++cases;
       }
       if (offset > 0) attention_case(dtype, dtype, dtype == DType::bfloat16 ? 261 : 130, 40, offset), ++cases;
-      if (dtype == DType::float32) attention_case(dtype, DType::bfloat16, 33, 40, offset), ++cases;
+      for (int64_t head_dim : {40, 64}) {
+        if (dtype == DType::float32) attention_case(dtype, DType::bfloat16, 33, head_dim, offset), ++cases;
+      }
       for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
       if (dtype == DType::float64) continue;
       for (int64_t count : {1, 7, 8, 15, 16, 17, 100}) gelu_case(dtype, count, offset), ++cases;
