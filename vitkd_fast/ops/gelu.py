@@ -61,7 +61,7 @@ def gelu(x: Tensor) -> Tensor:
 
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
     """
-    if not (is_plain(x) and x.is_cpu and x.dtype in DTYPES and x.is_contiguous()) or forward_mode():
+    if not (x.is_cpu and x.dtype in DTYPES and x.is_contiguous() and is_plain(x)) or forward_mode():
         return F.gelu(x)
     if x.requires_grad and torch.is_grad_enabled():
         return _Gelu.apply(x)
