@@ -91,6 +91,7 @@ def _shared_memory(rows: list[dict]) -> dict[tuple, int]:
         size = {
             "attention_head_forward": f"ForwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_head_backward": f"BackwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
+            "attention_hopper_short": f"HopperShortShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_hopper_forward": f"HopperForwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_hopper_backward": f"HopperBackwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_forward": f"{shape}::kForwardBytes",
@@ -101,7 +102,8 @@ def _shared_memory(rows: list[dict]) -> dict[tuple, int]:
             "scale": "0",
         }[kernel]
         lines.append(f'std::printf("%zu\\n", size_t({size}));')
-    sources = "attention_head", "attention_hopper", "attention_streamed", "kd_loss"
+    hopper = "attention_hopper_forward", "attention_hopper_backward"
+    sources = "attention_head", *hopper, "attention_streamed", "kd_loss"
     include = "".join(f'#include "{source}.cu"\n' for source in sources)
     program = f"{include}int main() {{\nusing namespace vitkd::cuda;\n" + "\n".join(lines) + "\n}\n"
     host = ROOT / "tests/kernels/cuda_host"

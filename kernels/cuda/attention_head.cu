@@ -25,7 +25,7 @@ struct ForwardShape {
 
 // Adds a part of the keys and values, tiles [kFirst, kFirst + kPart) of the head, to a strip's softmax and output.
 template <class T, int D, int kBelow, int kFirst, int kPart>
-__device__ __forceinline__ void add_part(float (&out)[1][D / 8][4], float (&shift)[2], float (&sum)[2],
+__device__ __forceinline__ void add_part(float (&out)[D / 8][4], float (&shift)[2], float (&sum)[2],
                                          const SharedStrip<T, D>& strip, const T* keys, const T* values, int tokens,
                                          float scale_log2) {
   constexpr int kSure = kBelow + 1 - kFirst;
@@ -34,21 +34,8 @@ __device__ __forceinline__ void add_part(float (&out)[1][D / 8][4], float (&shif
   Scores<kPart> scores = {};
   multiply_transposed<T, D, kSure>(scores, strip, keys + kFirst * 16 * D, tiles, sign_of(scale_log2));
   hide_from<(kSure > 0 ? kSure - 1 : 0)>(tokens - kFirst * 16, scores);
-  uint32_t weights[kPart][1][4];
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const float now = raise<(kFirst > 0)>(scores, row, factor, shift, sum, out[0]);
-#pragma unroll
-    for (int i = 0; i < 2 * kPart; ++i) {
-      const float (&four)[4] = scores[i / 2][i % 2];
-      // Not one fma: the largest weight must be 1, which no rounding to T changes.
-      const float left = fast_exp2((four[2 * row] - now) * factor);
-      const float right = fast_exp2((four[2 * row + 1] - now) * factor);
-      sum[row] += left;
-      sum[row] += right;
-      weights[i / 2][0][i % 2 * 2 + row] = pack<T>(left, right);
-    }
-  }
+  uint32_t weights[kPart][4];
+  weigh<T, (kFirst > 0), false>(weights, scores, factor, shift, sum, out);
 #pragma unroll
   for (int tile = 0; tile < kPart; ++tile) {
     if (tile >= kSure && tile >= tiles) break;
@@ -84,7 +71,7 @@ __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
   for (int i = 0; i < S::kStrips; ++i) {
     const int first = (warp + i * S::kWarps) * 16;
     if (first >= tokens) break;
-    float out[1][D / 8][4] = {}, shift[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
+    float out[D / 8][4] = {}, shift[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
     const SharedStrip<T, D> strip{queries, first};
     add_part<T, D, kBelow, 0, S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
     if constexpr (S::kPart < kTiles) {
@@ -92,7 +79,7 @@ __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
       add_part<T, D, kBelow, S::kPart, kTiles - S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
     }
     const float inverse[2] = {reciprocal(quad_sum(sum[0])), reciprocal(quad_sum(sum[1]))};
-    store_strip<T, D>(HeadRows<T>{data, static_cast<int>(p.heads) * D}, first, tokens, out[0], inverse);
+    store_strip<T, D>(HeadRows<T>{data, static_cast<int>(p.heads) * D}, first, tokens, out, inverse);
   }
 }
 

@@ -36,6 +36,14 @@ struct Owner {
   template <class Problem>
   __device__ Owner(const Problem& p, unsigned owner)
       : batch(owner / static_cast<unsigned>(p.heads)), head(owner % static_cast<unsigned>(p.heads)) {}
+
+  // As many heads on as lie before `step`, without a division.
+  template <class Problem>
+  __device__ void advance(const Problem& p, const Owner& step) {
+    batch += step.batch;
+    head += step.head;
+    if (head >= static_cast<unsigned>(p.heads)) head -= static_cast<unsigned>(p.heads), ++batch;
+  }
 };
 
 template <class T, class Problem>
@@ -183,6 +191,29 @@ __device__ __forceinline__ float raise(const Scores<kTiles>& scores, int row, fl
   return now;
 }
 
+// A part of a strip's scores becomes weights, left operands for `out`, which has the earlier parts' output, if there are any.
+// kFused: by one fma each, which is as good only where the largest weight rounds to 1 all the same.
+template <class T, bool kEarlier, bool kFused, int kTiles, int kColumns>
+__device__ __forceinline__ void weigh(uint32_t (&weights)[kTiles][4], const Scores<kTiles>& scores, float factor,
+                                      float (&shift)[2], float (&sum)[2], float (&out)[kColumns][4]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float now = raise<kEarlier>(scores, row, factor, shift, sum, out);
+    const float scaled = fmaxf(now * factor, kLowest);
+    const auto weight = [&](float score) {
+      return fast_exp2(kFused ? fmaf(score, factor, -scaled) : (score - now) * factor);
+    };
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const float (&four)[4] = scores[i / 2][i % 2];
+      const float left = weight(four[2 * row]), right = weight(four[2 * row + 1]);
+      sum[row] += left;
+      sum[row] += right;
+      weights[i / 2][i % 2 * 2 + row] = pack<T>(left, right);
+    }
+  }
+}
+
 // A strip's whole softmax, as left operands.
 template <class T, int kTiles>
 __device__ __forceinline__ void softmax(uint32_t (&weights)[kTiles][4], Scores<kTiles>& scores, float factor) {
@@ -248,6 +279,12 @@ __device__ __forceinline__ void multiply(float (&product)[kStrips][D / 8][4], co
       mma<T>(product[strip][column / 8 + 1], a[strip], b[2], b[3]);
     }
   }
+}
+
+template <class T, int D>
+__device__ __forceinline__ void multiply(float (&product)[D / 8][4], const uint32_t (&a)[4], const T* matrix, int first) {
+  multiply<T, D>(reinterpret_cast<float(&)[1][D / 8][4]>(product), reinterpret_cast<const uint32_t(&)[1][4]>(a), matrix,
+                 first);
 }
 
 // Register i of lane j changes places with register j of lane i, in every quad.

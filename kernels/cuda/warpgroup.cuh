@@ -11,10 +11,17 @@ constexpr int kWarpgroup = 4 * kWarp;
 // A swizzled matrix of rows of D elements in shared memory, as wgmma wants it named (PTX ISA, "Matrix descriptor format"):
 // groups of 8 rows follow each other from `address` on, and a row's 128 or 64 bytes are swizzled.
 template <int D>
-__host__ __device__ constexpr uint64_t matrix_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle = D == 64 ? 1 : 2, kGroupBytes = 8 * 2 * D;
-  return (address & 0x3ffff) / 16 | uint64_t{1} << 16 | kGroupBytes / 16 << 32 | kSwizzle << 62;
-}
+struct Name {
+  uint32_t low;  // what depends on the address: 32-bit sums cost half of 64-bit ones, which instructions and registers add to
+
+  __host__ __device__ static constexpr Name of(uint32_t address) { return {(address & 0x3ffff) / 16 | 1u << 16}; }
+  // What lies `elements` on: 16 columns of the rows, or whole groups of 8 rows.
+  __host__ __device__ constexpr Name further(int elements) const { return {low + static_cast<uint32_t>(elements * 2 / 16)}; }
+  __host__ __device__ constexpr operator uint64_t() const {
+    constexpr uint32_t kSwizzle = D == 64 ? 1 : 2, kGroupBytes = 8 * 2 * D;
+    return uint64_t{kGroupBytes / 16 | kSwizzle << 30} << 32 | low;
+  }
+};
 
 }  // namespace vitkd::cuda
 
@@ -150,6 +157,9 @@ VITKD_DEFINE_PRODUCT(2, 32, VITKD_REGISTERS_2, VITKD_OUTPUTS_2, 16, 17, 18, 19, 
 VITKD_DEFINE_PRODUCT(3, 48, VITKD_REGISTERS_3, VITKD_OUTPUTS_3, 24, 25, 26, 27, 28, 29, 30);
 VITKD_DEFINE_PRODUCT(4, 64, VITKD_REGISTERS_4, VITKD_OUTPUTS_4, 32, 33, 34, 35, 36, 37, 38);
 VITKD_DEFINE_PRODUCT(5, 80, VITKD_REGISTERS_5, VITKD_OUTPUTS_5, 40, 41, 42, 43, 44, 45, 46);
+VITKD_DEFINE_PRODUCT(7, 112, VITKD_REGISTERS_7, VITKD_OUTPUTS_7, 56, 57, 58, 59, 60, 61, 62);
+VITKD_DEFINE_PRODUCT(8, 128, VITKD_REGISTERS_8, VITKD_OUTPUTS_8, 64, 65, 66, 67, 68, 69, 70);
+VITKD_DEFINE_PRODUCT(9, 144, VITKD_REGISTERS_9, VITKD_OUTPUTS_9, 72, 73, 74, 75, 76, 77, 78);
 VITKD_DEFINE_PRODUCT(13, 208, VITKD_REGISTERS_13, VITKD_OUTPUTS_13, 104, 105, 106, 107, 108, 109, 110);
 
 }  // namespace vitkd::cuda

@@ -1,167 +1,9 @@
-// Self-attention of whole heads on Hopper: as attention_head.cu does it, but four warps multiply at once, with operands
-// that tensor cores read from shared memory themselves. See README.md.
+// The gradient of self-attention of whole heads on Hopper, by products of four warps. See README.md.
+#include "hopper.cuh"
 #include "sizes.cuh"
-#include "warpgroup.cuh"
 
 namespace vitkd::cuda {
 namespace {
-
-constexpr int kBlockRows = 64;  // of a product
-
-template <int kCount, class Accumulator>
-__device__ __forceinline__ float (&flat(Accumulator& accumulator))[kCount] {
-  static_assert(sizeof(Accumulator) == kCount * sizeof(float));
-  return reinterpret_cast<float(&)[kCount]>(accumulator);
-}
-
-// The name of a matrix in shared memory, and of what lies `elements` on: 16 columns of its rows, or whole groups of 8 rows.
-template <int D, class T>
-__device__ __forceinline__ uint64_t name_of(const T* matrix) {
-  return matrix_descriptor<D>(shared_address(matrix));
-}
-__device__ constexpr uint64_t further(int elements) { return elements * 2 / 16; }
-
-// c = the sum of the products that `issue(k)` starts for each k below kCount, waited for.
-template <int kCount, int kRegisters, class Issue>
-__device__ __forceinline__ void sum_products(float (&c)[kRegisters], Issue issue) {
-  pin(c);
-  warpgroup_begin();
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) issue(k);
-  warpgroup_commit();
-  warpgroup_wait<0>();
-  pin(c);
-}
-
-// product (64 x 16*kTiles) = left right^T, of 64 rows from `left` on.
-template <class T, int D, int kTiles>
-__device__ __forceinline__ void multiply_by_rows(Scores<kTiles>& product, const T* left, const T* right) {
-  auto& c = flat<8 * kTiles>(product);
-  const uint64_t a = name_of<D>(left), b = name_of<D>(right);
-  sum_products<D / 16>(c, [&](int k) {
-    WarpgroupProduct<T, kTiles>::template run<false, false>(c, a + further(k * 16), b + further(k * 16), k > 0);
-  });
-}
-
-// What this thread has asked to be copied, but for the last kPending groups, and what all have written is there for products.
-template <int kPending>
-__device__ __forceinline__ void await_all_but() {
-  copy_async_wait<kPending>();
-  publish_to_warpgroups();
-  __syncthreads();
-}
-
-// The largest score must be the largest logit: where `scale` is negative, all change their signs.
-template <int kTiles>
-__device__ __forceinline__ void turn(Scores<kTiles>& scores, float scale) {
-  if (scale >= 0) return;
-#pragma unroll
-  for (int i = 0; i < 8 * kTiles; ++i) scores[i / 8][i / 4 % 2][i % 4] = -scores[i / 8][i / 4 % 2][i % 4];
-}
-
-template <int D, int kTiles>
-struct HopperForwardShape {
-  static constexpr int kRows = 16 * kTiles;
-  static constexpr int kMatrix = kRows * D;
-  // Groups of four warps, each taking every so manieth block of queries, and blocks per SM, as many as there is shared memory
-  // for: 16 warps of an SM get 128 registers each, 20 get 96.
-  static constexpr int kGroups = kTiles > 7 ? 2 : 1;
-  static constexpr int kBlocks = kTiles > 7 ? 2 : 5;
-  static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr size_t kBytes = size_t{2} * 3 * kMatrix;
-  // Scores in registers at a time, of a row that is too long for them all.
-  static constexpr int kParts = (kTiles + 4) / 5, kPart = (kTiles + kParts - 1) / kParts;
-};
-
-// 64 queries' softmax and output, and how a part of the keys is added to them.
-template <class T, int D, int kBelow, int kTiles>
-struct HopperForward {
-  using S = HopperForwardShape<D, kTiles>;
-  const T *const queries, *const keys, *const values;
-  const int tokens;
-  const float scale_log2;
-  float out[D / 8][4], shift[2], sum[2];
-
-  // This warp's queries are `present`, or nobody wants what comes out. `await_values` returns when they are there.
-  template <int kFirst, class AwaitValues>
-  __device__ __forceinline__ void add(bool present, AwaitValues await_values) {
-    constexpr int kPart = S::kPart < kTiles - kFirst ? S::kPart : kTiles - kFirst;
-    constexpr int kFull = kBelow - kFirst;
-    const float factor = fabsf(scale_log2);
-    uint32_t weights[kPart][4] = {};
-    {
-      Scores<kPart> scores;
-      multiply_by_rows<T, D>(scores, queries, keys + kFirst * 16 * D);
-      if (present) {
-        turn(scores, scale_log2);
-        if constexpr (kFull < kPart) hide_from<(kFull > 0 ? kFull : 0)>(tokens - kFirst * 16, scores);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          const float now = raise<(kFirst > 0)>(scores, row, factor, shift, sum, out);
-          // One fma is as good only where the largest weight rounds to 1 all the same.
-          constexpr bool kFused = std::is_same_v<T, bfloat16>;
-          const float scaled = fmaxf(now * factor, kLowest);
-          const auto weight = [&](float score) {
-            return fast_exp2(kFused ? fmaf(score, factor, -scaled) : (score - now) * factor);
-          };
-#pragma unroll
-          for (int i = 0; i < 2 * kPart; ++i) {
-            const float (&four)[4] = scores[i / 2][i % 2];
-            const float left = weight(four[2 * row]), right = weight(four[2 * row + 1]);
-            sum[row] += left;
-            sum[row] += right;
-            weights[i / 2][i % 2 * 2 + row] = pack<T>(left, right);
-          }
-        }
-      }
-    }
-    await_values();
-    auto& c = flat<D / 2>(out);
-    const uint64_t b = name_of<D>(values + kFirst * 16 * D);
-    sum_products<kPart>(c, [&](int tile) {
-      WarpgroupProduct<T, D / 16>::template run<true>(c, weights[tile], b + further(tile * 16 * D), kFirst + tile > 0);
-    });
-    if constexpr (kFirst + kPart < kTiles) add<kFirst + kPart>(present, [] {});
-  }
-};
-
-// A block is one head of more than 16 * kBelow tokens and at most 16 * kTiles, and goes through it by 64 queries.
-template <class T, int D, int kBelow, int kTiles>
-__global__ void __launch_bounds__(HopperForwardShape<D, kTiles>::kThreads, HopperForwardShape<D, kTiles>::kBlocks)
-    attention_hopper_forward_kernel(const Attention p, const float scale_log2) {
-  if (!warpgroups()) return;
-  using S = HopperForwardShape<D, kTiles>;
-  const int warp = warp_index() % 4, group = warp_index() / 4, tokens = static_cast<int>(p.tokens);
-  const Owner owner(p, blockIdx.x);
-  // Queries come first: products read up to 48 rows beyond their last, which must be in shared memory.
-  T* const queries = shared_memory<T>();
-  T *const keys = queries + S::kMatrix, *const values = keys + S::kMatrix;
-  const auto bring_part = [&](T* matrix, Part part) {
-    bring<T, D, S::kRows, S::kThreads>(matrix, rows_of<T>(p, part, owner), tokens, threadIdx.x);
-  };
-  bring_part(queries, kQuery);
-  bring_part(keys, kKey);
-  copy_async_commit();
-  bring_part(values, kValue);
-  copy_async_commit();
-  await_all_but<1>();
-
-  T* const data = static_cast<T*>(p.out) + (owner.batch * p.tokens * p.heads + owner.head) * D;
-  const HeadRows<T> to{data, static_cast<int>(p.heads) * D};
-#pragma unroll 1
-  for (int block = group; block * kBlockRows < tokens; block += S::kGroups) {
-    const int first = block * kBlockRows + warp * 16;
-    const bool present = first < tokens;
-    HopperForward<T, D, kBelow, kTiles> my{
-        queries + block * kBlockRows * D, keys, values, tokens, scale_log2, {}, {-kInfinity, -kInfinity}, {0, 0}};
-    my.template add<0>(present, [&] {
-      if (block == group) await_all_but<0>();  // every group has such a block
-    });
-    if (!present) continue;
-    const float inverse[2] = {reciprocal(quad_sum(my.sum[0])), reciprocal(quad_sum(my.sum[1]))};
-    store_strip<T, D>(to, first, tokens, my.out, inverse);
-  }
-}
 
 template <int D, int kTiles>
 struct HopperBackwardShape {
@@ -213,9 +55,9 @@ struct HopperBackward {
     Operands weights;
     Scores<kTiles> scores;
     auto& c = flat<8 * kTiles>(scores);
-    const uint64_t b = name_of<D>(keys);
+    const auto b = name_of<D>(keys);
     sum_products<D / 16>(c, [&](int k) {
-      WarpgroupProduct<T, kTiles>::template run<false>(c, my_queries.registers[k], b + further(k * 16), k > 0);
+      WarpgroupProduct<T, kTiles>::template run<false>(c, my_queries.registers[k], b.further(k * 16), k > 0);
     });
     hide_from<kBelow>(tokens, scores);
     softmax<T>(weights, scores, fabsf(scale_log2));
@@ -260,11 +102,11 @@ struct HopperBackward {
   __device__ __forceinline__ void multiply_store(const HeadRows<T>& to, int block, const T* matrix, float scale) const {
     float product[D / 8][4];
     auto& c = flat<D / 2>(product);
-    const uint64_t a = name_of<64>(exchanged + (kTransposed ? block * S::kColumns : block * kBlockRows * 64));
-    const uint64_t b = name_of<D>(matrix);
+    const auto a = name_of<64>(exchanged + (kTransposed ? block * S::kColumns : block * kBlockRows * 64));
+    const auto b = name_of<D>(matrix);
     sum_products<kTiles>(c, [&](int tile) {
       const int step = kTransposed ? tile * 16 * 64 : tile / 4 * S::kColumns + tile % 4 * 16;
-      WarpgroupProduct<T, D / 16>::template run<kTransposed, true>(c, a + further(step), b + further(tile * 16 * D),
+      WarpgroupProduct<T, D / 16>::template run<kTransposed, true>(c, a.further(step), b.further(tile * 16 * D),
                                                                    tile > 0);
     });
     const float factor[2] = {scale, scale};
@@ -356,18 +198,7 @@ __global__ void __launch_bounds__(HopperBackwardShape<D, kTiles>::kThreads, 1)
   copy_async_wait<0>();
 }
 
-struct HopperQueue {
-  template <class T, int D, int kBelow, int kTiles>
-  static bool run(const Attention& p, float scale_log2, void* stream, const char*& error) {
-    if constexpr (kTiles < 4) return false;  // 64 queries at a time are too many
-    else {
-      using S = HopperForwardShape<D, kTiles>;
-      const auto kernel = attention_hopper_forward_kernel<T, D, kBelow, kTiles>;
-      error = launch(kernel, p.batch * p.heads, S::kThreads, S::kBytes, stream, p, scale_log2);
-      return true;
-    }
-  }
-
+struct HopperBackwardQueue {
   template <class T, int D, int kBelow, int kTiles>
   static bool run(const AttentionBackward& p, float scale_log2, void* stream, const char*& error) {
     if constexpr (kTiles < 13) return false;
@@ -380,16 +211,10 @@ struct HopperQueue {
   }
 };
 
-using HopperForwardSizes = Sizes<2, 4, 5, 7, 10, 13, 17>;
-using HopperBackwardSizes = Sizes<10, 13>;
-
 }  // namespace
 
-bool queue_hopper(const Attention& p, void* stream, const char*& error) {
-  return has_warpgroups() && queue_sizes<HopperQueue, HopperForwardSizes>(p, stream, error);
-}
 bool queue_hopper(const AttentionBackward& p, void* stream, const char*& error) {
-  return has_warpgroups() && queue_sizes<HopperQueue, HopperBackwardSizes>(p, stream, error);
+  return has_warpgroups() && queue_sizes<HopperBackwardQueue, Sizes<10, 13>>(p, stream, error);
 }
 
 }  // namespace vitkd::cuda
