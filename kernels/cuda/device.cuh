@@ -127,6 +127,27 @@ __device__ __forceinline__ void store_vector(void* global, const Vector<uint32_t
                : "memory");
 }
 
+// How many of `calls` were before this one; after the last the counter is 0 again. What this thread wrote before, and
+// threads of its block that it has met at a barrier since, load_of_blocks finds in the block of the call that is last.
+__device__ __forceinline__ unsigned count_call(unsigned* counter, unsigned calls) {
+  unsigned before;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(calls - 1)
+               : "memory");
+  return before;
+}
+
+// What another block wrote in this launch: not from this multiprocessor's cache, so that no fence has to clear it.
+__device__ __forceinline__ float load_of_blocks(const float* global) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(global) : "memory");
+  return value;
+}
+
+// A barrier of the block: whether any of its threads brings true.
+__device__ __forceinline__ bool any_of_block(bool value) { return __syncthreads_or(value); }
+
 // 16 bytes from global to shared memory in the background, or 16 zero bytes; both addresses 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

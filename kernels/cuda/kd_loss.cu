@@ -1,5 +1,5 @@
-// Distillation losses of rows of logits and their gradients, in one launch. A team of threads, a warp or a block, holds
-// a row of up to 4096 classes in registers; a longer one is read again for each sweep.
+// Distillation losses of rows of logits, their mean and their gradients, in one launch. A team of threads, a warp or a
+// block, holds a row of up to 4096 classes in registers; a longer one is read again for each sweep.
 //
 // 4096 x 1000 in bfloat16 are 33 MB, 6.8 us of an H200's 4.8 TB/s. In that time its 528 schedulers (1.755 GHz) issue 49
 // instructions for 32 pairs of logits, 98 in float32. By the machine code for sm_90, both gradients wanted, kl takes 29
@@ -8,6 +8,7 @@
 // row, addresses, two reductions, two reciprocals and a logarithm, is shared by the 32 pairs of a thread.
 #include "../kernels.h"
 #include "device.cuh"
+#include "slots.cuh"
 
 #include <utility>
 
@@ -18,6 +19,8 @@ namespace {
 struct Arguments {
   const void *student, *teacher;
   float* loss;
+  float* mean;  // or null
+  int slot;     // of `counters`, with a mean
   void *student_grad, *teacher_grad;
   int64_t rows, classes, student_stride, teacher_stride;
   float temperature, weight;
@@ -46,7 +49,7 @@ struct alignas(kCount == 1 ? 4 : kCount == 2 ? 8 : 16) Values {
 // Shared memory of a block: for each warp, what it adds to each of the three reductions that a row can need. They do
 // not share a place, so that one barrier per reduction is enough.
 enum Place { kLargest = 0, kMeans = 2, kSums = 4, kPlaces = 8 };
-constexpr size_t shared_bytes(int team) { return team > kWarp ? team / kWarp * kPlaces * sizeof(float) : 0; }
+constexpr size_t shared_bytes(int threads) { return threads > kWarp ? threads / kWarp * kPlaces * sizeof(float) : 0; }
 
 // The same results in every thread of the team, whatever the order in which they run. Several values at once cost
 // little more time than one: the shuffles of one fill the latency of another's.
@@ -69,6 +72,63 @@ __device__ void reduce(Values<kCount>& values, Combine combine) {
       for (int i = 0; i < kCount; ++i) values.of[i] = combine(values.of[i], others.of[i]);
     }
   }
+}
+
+// Blocks that have their losses stored, of each launch that may run now.
+__device__ unsigned counters[kSlots];
+
+// Once a block's losses are stored, by thread 0 if they are of one row; what comes back is thread 0's to hand to
+// finish_mean. Gradients are stored between the two: the count does not wait for them, nor they for its answer.
+template <int kTeams>
+__device__ unsigned count_block(const Arguments& p) {
+  unsigned before = 0xffffffff;
+  if (p.mean) {
+    if (kTeams > 1) __syncthreads();
+    if (threadIdx.x == 0) before = count_call(&counters[p.slot], gridDim.x);
+  }
+  return before;
+}
+
+// A thread's share of the losses' sum: kCount of them, all on their way at once.
+template <int kThreads, int kCount>
+__device__ float sum_of_losses(const float* loss, int begin, int rows) {
+  float losses[kCount] = {}, parts[4] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (begin + i * kThreads < rows) losses[i] = load_of_blocks(loss + begin + i * kThreads);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) parts[i % 4] += losses[i];
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// The mean of the losses by one block, whichever it is in the same order. The loads' latency is what takes time, so that
+// there are 2048 at a time or more, whatever the number of threads.
+template <int kThreads>
+__device__ void store_mean(const float* loss, int rows, float* mean) {
+  constexpr int kFew = 8, kMany = kThreads * kFew < 2048 ? 2048 / kThreads : kFew;
+  Values<1> total;
+  if (rows <= kThreads * kFew) {
+    total.of[0] = sum_of_losses<kThreads, kFew>(loss, threadIdx.x, rows);
+  } else {
+    double sum = 0;
+    for (int begin = threadIdx.x; begin < rows; begin += kThreads * kMany)
+      sum += sum_of_losses<kThreads, kMany>(loss, begin, rows);
+    total.of[0] = static_cast<float>(sum);
+  }
+  reduce<kThreads, kMeans>(total, Sum{});
+  if (threadIdx.x == 0) *mean = total.of[0] / static_cast<float>(rows);
+}
+
+// The last block's work, after all else.
+template <int kThreads>
+__device__ void finish_mean(const Arguments& p, unsigned before) {
+  if (p.mean && any_of_block(before == gridDim.x - 1)) store_mean<kThreads>(p.loss, static_cast<int>(p.rows), p.mean);
+}
+
+// The mean where the blocks of the launch before cannot count themselves, or one of them would take long.
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads) kd_mean_kernel(const T* loss, int rows, T* mean) {
+  store_mean<kThreads>(loss, rows, mean);
 }
 
 // An exponential is a power of 2 where logits are half precision and a row has many: one instruction, off by 2 ulp at
@@ -205,7 +265,7 @@ constexpr int threads_of_block(int team, int held) { return team * held <= 256 ?
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 struct Row {
   using Piece = Slice<T, kTeam, kHeld, kRun>;
-  static constexpr int kTeams = threads_of_block(kTeam, kHeld) / kTeam;
+  static constexpr int kThreads = threads_of_block(kTeam, kHeld), kTeams = kThreads / kTeam;
   static constexpr bool kJs = kKind == static_cast<int>(KDKind::js);
   static constexpr bool kShort = kTeam * kHeld <= 256;
   static constexpr bool kTwoRounds = kJs || kShort;  // kl alone can sum p (t - s) before it knows what p sums to
@@ -224,6 +284,9 @@ struct Row {
   Values<2> per_sum = {};  // 1 / the first two
   float log_ratio = 0;     // log(student's sum / teacher's), as an exponent
   Values<2> means = {};    // of the ratios in Pairs, weighted by q and p
+
+  // Where several teams share a block, the last ones of the last block may have no row.
+  __device__ bool exists() const { return kTeams == 1 || index < p.rows; }
 
   // The classes from `begin` on, as many as the team holds.
   __device__ Piece piece(int64_t begin) const {
@@ -345,20 +408,23 @@ struct Row {
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_kernel(const Arguments p) {
   Row<T, kTeam, kHeld, kRun, kKind> row{p};
-  if (row.index >= p.rows) return;  // a whole team
   const auto piece = row.piece(0);
   typename decltype(row)::Pairs x;
-  row.load(piece, x, 0);
-  row.largest = row.largest_with(piece, x);
-  reduce<kTeam, kLargest>(row.largest, Max{});
-  row.sums = row.exponentiate(piece, x);
-  row.finish_sums();
-  if (row.kTwoRounds) {
-    row.means = row.compare(piece, x);
-    row.finish_means();
+  if (row.exists()) {
+    row.load(piece, x, 0);
+    row.largest = row.largest_with(piece, x);
+    reduce<kTeam, kLargest>(row.largest, Max{});
+    row.sums = row.exponentiate(piece, x);
+    row.finish_sums();
+    if (row.kTwoRounds) {
+      row.means = row.compare(piece, x);
+      row.finish_means();
+    }
+    row.store_loss();
   }
-  row.store_loss();
-  row.store_gradients(piece, x, 0);
+  const unsigned before = count_block<row.kTeams>(p);
+  if (row.exists()) row.store_gradients(piece, x, 0);
+  finish_mean<row.kThreads>(p, before);
 }
 
 // kl and js of any row: the sums in one sweep, by an online softmax of each thread's own, js's means in another, the
@@ -397,23 +463,25 @@ __global__ void __launch_bounds__(kTeam, 1024 / kTeam) kd_loss_long_kernel(const
     row.finish_means();
   }
   row.store_loss();
-  if (!p.student_grad && !p.teacher_grad) return;
-  sweep([&](const auto& piece, int64_t begin) {
-    row.exponentiate(piece, x);
-    if (row.kTwoRounds) row.compare(piece, x);
-    row.store_gradients(piece, x, begin);
-  });
+  const unsigned before = count_block<1>(p);
+  if (p.student_grad || p.teacher_grad) {
+    sweep([&](const auto& piece, int64_t begin) {
+      row.exponentiate(piece, x);
+      if (row.kTwoRounds) row.compare(piece, x);
+      row.store_gradients(piece, x, begin);
+    });
+  }
+  finish_mean<kTeam>(p, before);
 }
 
 // l1 and mse of any row, in one sweep: a gradient needs its own pair of logits alone.
 template <class T, int kTeam, int kHeld, int kRun>
 __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld)) kd_difference_kernel(const Arguments p) {
   Row<T, kTeam, kHeld, kRun, 0> row{p};
-  if (row.index >= p.rows) return;  // a whole team
   const float per_class = 1 / static_cast<float>(p.classes);
   typename decltype(row)::Pairs x;
   Values<1> loss = {};
-  for (int64_t begin = 0; begin < p.classes; begin += kTeam * kHeld) {
+  for (int64_t begin = 0; begin < p.classes && row.exists(); begin += kTeam * kHeld) {
     const auto piece = row.piece(begin);
     row.load(piece, x, begin);
     float part = 0;
@@ -429,13 +497,22 @@ __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld)) kd_difference_
     if (p.teacher_grad) piece.store(static_cast<T*>(p.teacher_grad) + offset, [&](int i) { return -x.s[i]; });
   }
   reduce<kTeam, kSums>(loss, Sum{});
-  if (row.member == 0) p.loss[row.index] = loss.of[0] / static_cast<float>(p.classes);
+  if (row.member == 0 && row.exists()) p.loss[row.index] = loss.of[0] / static_cast<float>(p.classes);
+  finish_mean<row.kThreads>(p, count_block<row.kTeams>(p));
 }
 
+constexpr int64_t kMostRows = 8192;  // of which one block of the launch takes the mean sooner than another launch would
+
 template <int kTeam, int kHeld>
-const char* queue_rows(void (*kernel)(Arguments), const Arguments& p, void* stream) {
-  constexpr int kThreads = threads_of_block(kTeam, kHeld), kRows = kThreads / kTeam;
-  return launch(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kTeam), stream, p);
+const char* queue_rows(void (*kernel)(Arguments), Arguments p, void* stream) {
+  constexpr int kThreads = threads_of_block(kTeam, kHeld), kRows = kThreads / kTeam, kMeanThreads = 1024;
+  float* const mean = p.mean;
+  if (p.mean) p.slot = p.rows <= kMostRows ? slot_for(stream) : -1;
+  if (p.slot < 0) p.mean = nullptr;
+  const char* error = launch(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kThreads), stream, p);
+  if (error || !mean || p.mean) return error;
+  return launch(kd_mean_kernel<float, kMeanThreads>, 1, kMeanThreads, shared_bytes(kMeanThreads), stream,
+                static_cast<const float*>(p.loss), static_cast<int>(p.rows), mean);
 }
 
 // kl of up to 1024 half-precision classes goes to one warp, 32 a thread: 125 vectors of bfloat16 fill 98 % of their 128
@@ -476,6 +553,8 @@ const char* queue(KDLoss p, void* stream) {
   const Arguments arguments = {p.student,
                                p.teacher,
                                static_cast<float*>(p.loss),
+                               static_cast<float*>(p.mean),
+                               0,
                                p.student_grad,
                                p.teacher_grad,
                                p.rows,
