@@ -74,6 +74,12 @@ __device__ void reduce(Values<kCount>& values, Combine combine) {
   }
 }
 
+// At the top of a kernel. Whoever comes next may have what room is left, since it waits for the end of all blocks.
+__device__ void begin() {
+  wait_for_earlier();
+  let_later_start();
+}
+
 // Blocks that have their losses stored, of each launch that may run now.
 __device__ unsigned counters[kSlots];
 
@@ -128,6 +134,7 @@ __device__ void finish_mean(const Arguments& p, unsigned before) {
 // The mean where the blocks of the launch before cannot count themselves, or one of them would take long.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads) kd_mean_kernel(const T* loss, int rows, T* mean) {
+  wait_for_earlier();
   store_mean<kThreads>(loss, rows, mean);
 }
 
@@ -407,6 +414,7 @@ struct Row {
 // kl and js of a row that fits the team's registers. (Without the 1, ptxas spills four bytes of js for sm_100.)
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_kernel(const Arguments p) {
+  begin();
   Row<T, kTeam, kHeld, kRun, kKind> row{p};
   const auto piece = row.piece(0);
   typename decltype(row)::Pairs x;
@@ -432,6 +440,7 @@ __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_ker
 // blocks on each SM, rows of 65,536 classes in bfloat16 are 67 MB, and an H200 has 50 MB of L2.
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 __global__ void __launch_bounds__(kTeam, 1024 / kTeam) kd_loss_long_kernel(const Arguments p) {
+  begin();
   Row<T, kTeam, kHeld, kRun, kKind> row{p};
   typename decltype(row)::Pairs x;
   bool backwards = false;
@@ -477,6 +486,7 @@ __global__ void __launch_bounds__(kTeam, 1024 / kTeam) kd_loss_long_kernel(const
 // l1 and mse of any row, in one sweep: a gradient needs its own pair of logits alone.
 template <class T, int kTeam, int kHeld, int kRun>
 __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld)) kd_difference_kernel(const Arguments p) {
+  begin();
   Row<T, kTeam, kHeld, kRun, 0> row{p};
   const float per_class = 1 / static_cast<float>(p.classes);
   typename decltype(row)::Pairs x;
@@ -509,10 +519,10 @@ const char* queue_rows(void (*kernel)(Arguments), Arguments p, void* stream) {
   float* const mean = p.mean;
   if (p.mean) p.slot = p.rows <= kMostRows ? slot_for(stream) : -1;
   if (p.slot < 0) p.mean = nullptr;
-  const char* error = launch(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kThreads), stream, p);
+  const char* error = launch_early(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kThreads), stream, p);
   if (error || !mean || p.mean) return error;
-  return launch(kd_mean_kernel<float, kMeanThreads>, 1, kMeanThreads, shared_bytes(kMeanThreads), stream,
-                static_cast<const float*>(p.loss), static_cast<int>(p.rows), mean);
+  return launch_early(kd_mean_kernel<float, kMeanThreads>, 1, kMeanThreads, shared_bytes(kMeanThreads), stream,
+                      static_cast<const float*>(p.loss), static_cast<int>(p.rows), mean);
 }
 
 // kl of up to 1024 half-precision classes goes to one warp, 32 a thread: 125 vectors of bfloat16 fill 98 % of their 128

@@ -26,6 +26,7 @@ INSTRUCTIONS = {
     "8x8 matrices to shared memory": r"\bSTSM\b",
     "exponential": r"\bMUFU\.EX2\b",
     "atomic": r"(?<![\w.])(?:ATOMG?|ATOMS|REDG?)\.",  # BAR.RED is a barrier
+    "wait for what was queued before": r"\bACQBULK\b",
     "register spill": r"\b(?:LDL|STL)\b",
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -167,4 +168,5 @@ def test_machine_code_of_the_loss(counts):
     assert found["16-byte load"] >= 8 and found["16-byte store"] == 8, found
     assert found["narrower store"] <= 2 + 64, found  # the loss, the mean, and rows that are not aligned
     assert 64 <= found["exponential"] <= 68, found
+    assert found["wait for what was queued before"] == counts("scale", 256)["wait for what was queued before"] == 1
     assert found["atomic"] == 1 and found["register spill"] == 0, found  # the count of blocks, no sum
