@@ -97,6 +97,7 @@ def _shared_memory(rows: list[dict]) -> dict[tuple, int]:
             "attention_forward": f"{shape}::kForwardBytes",
             "attention_backward": f"{shape}::kBackwardBytes + statistics_bytes(kChunk, {shape}::kRows)",
             "kd_loss": block,
+            "kd_loss_ahead": f"ahead_bytes<{dtype}>({', '.join(numbers[:2])})",
             "kd_loss_long": f"shared_bytes({numbers[0]})",
             "kd_difference": block,
             "kd_mean": f"shared_bytes({numbers[0]})",

@@ -10,6 +10,7 @@
 #include "device.cuh"
 #include "slots.cuh"
 
+#include <cstdlib>
 #include <utility>
 
 namespace vitkd::cuda {
@@ -228,8 +229,9 @@ struct Slice {
     }
   }
 
-  // Every load of both rows is on its way before the first value is used.
-  __device__ void load(float (&s)[kHeld], float (&t)[kHeld], const T* student, const T* teacher) const {
+  // Every load of both rows is on its way before the first value is used; `then` comes between.
+  template <class Then>
+  __device__ void load(float (&s)[kHeld], float (&t)[kHeld], const T* student, const T* teacher, Then then) const {
     Run<T, kRun> students[kRuns] = {}, teachers[kRuns] = {};
     auto load_all = [&](bool whole) {
 #pragma unroll
@@ -241,6 +243,7 @@ struct Slice {
     };
     if (kRun == 1 || vectors) load_all(true);
     else load_all(false);  // an odd stride or address: right, but kRun accesses to the sectors that one would do
+    then();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       s[i] = to_float(students[i / kRun].get(i % kRun));
@@ -307,7 +310,7 @@ struct Row {
   };
 
   __device__ void load(const Piece& piece, Pairs& x, int64_t begin) const {
-    piece.load(x.s, x.t, student + begin, teacher + begin);
+    piece.load(x.s, x.t, student + begin, teacher + begin, [] {});
   }
 
   // The largest logits so far of both sides.
@@ -435,6 +438,54 @@ __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_ker
   finish_mean<row.kThreads>(p, before);
 }
 
+// The same with no more blocks than run at once, each a warp, for rows of whole vectors. While a warp works on a row its
+// next one comes to shared memory, every thread's part to where only that thread reads it. The same arithmetic, so that
+// the results are the same bits.
+template <class T, int kTeam, int kHeld, int kRun, int kKind>
+__global__ void __launch_bounds__(kTeam, 16) kd_loss_ahead_kernel(const Arguments p) {
+  begin();
+  using Each = Row<T, kTeam, kHeld, kRun, kKind>;
+  static_assert(kTeam == kWarp && Each::kTeams == 1 && kRun == kVector<T>, "no barriers, and whole vectors");
+  const typename Each::Piece piece = {static_cast<int>(threadIdx.x), static_cast<int>(p.classes), true};
+  T* const student = shared_memory<T>();
+  T* const teacher = student + kTeam * kHeld;
+  auto fetch = [&](int64_t index) {
+    if (index >= p.rows) return;
+    const Each row{p, index};
+    const T* const from_s = row.student + piece.start(0);
+    const T* const from_t = row.teacher + piece.start(0);
+#pragma unroll
+    for (int run = 0; run < piece.kRuns; ++run) {
+      if (!piece.inside(run)) continue;
+      copy_async(student + piece.start(run), from_s + run * kTeam * kRun, true);
+      copy_async(teacher + piece.start(run), from_t + run * kTeam * kRun, true);
+    }
+    copy_async_commit();
+  };
+
+  typename Each::Pairs x;
+  int64_t index = blockIdx.x;
+  unsigned before = 0;
+  const Each first{p, index};
+  piece.load(x.s, x.t, first.student, first.teacher, [&] { fetch(index + gridDim.x); });
+  while (true) {
+    Each row{p, index};
+    row.largest = row.largest_with(piece, x);
+    reduce<kTeam, kLargest>(row.largest, Max{});
+    row.sums = row.exponentiate(piece, x);
+    row.finish_sums();
+    row.store_loss();
+    index += gridDim.x;
+    if (index >= p.rows) before = count_block<1>(p);
+    row.store_gradients(piece, x, 0);
+    if (index >= p.rows) break;
+    copy_async_wait<0>();
+    piece.load(x.s, x.t, student, teacher, [] {});
+    fetch(index + gridDim.x);
+  }
+  finish_mean<kTeam>(p, before);
+}
+
 // kl and js of any row: the sums in one sweep, by an online softmax of each thread's own, js's means in another, the
 // gradients in the last. Every other sweep goes backwards, so that it begins with what the caches still hold: with two
 // blocks on each SM, rows of 65,536 classes in bfloat16 are 67 MB, and an H200 has 50 MB of L2.
@@ -511,18 +562,55 @@ __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld)) kd_difference_
   finish_mean<row.kThreads>(p, count_block<row.kTeams>(p));
 }
 
+// kd_loss_ahead_kernel's: a row of both sides.
+template <class T>
+constexpr size_t ahead_bytes(int team, int held) {
+  return 2 * team * held * sizeof(T);
+}
+
 constexpr int64_t kMostRows = 8192;  // of which one block of the launch takes the mean sooner than another launch would
 
-template <int kTeam, int kHeld>
-const char* queue_rows(void (*kernel)(Arguments), Arguments p, void* stream) {
-  constexpr int kThreads = threads_of_block(kTeam, kHeld), kRows = kThreads / kTeam, kMeanThreads = 1024;
+const char* queue_blocks(void (*kernel)(Arguments), int64_t blocks, int threads, size_t bytes, Arguments p,
+                         void* stream) {
+  constexpr int kMeanThreads = 1024;
   float* const mean = p.mean;
   if (p.mean) p.slot = p.rows <= kMostRows ? slot_for(stream) : -1;
   if (p.slot < 0) p.mean = nullptr;
-  const char* error = launch_early(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kThreads), stream, p);
+  const char* error = launch_early(kernel, blocks, threads, bytes, stream, p);
   if (error || !mean || p.mean) return error;
   return launch_early(kd_mean_kernel<float, kMeanThreads>, 1, kMeanThreads, shared_bytes(kMeanThreads), stream,
                       static_cast<const float*>(p.loss), static_cast<int>(p.rows), mean);
+}
+
+template <int kTeam, int kHeld>
+const char* queue_rows(void (*kernel)(Arguments), const Arguments& p, void* stream) {
+  constexpr int kThreads = threads_of_block(kTeam, kHeld), kRows = kThreads / kTeam;
+  return queue_blocks(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kThreads), p, stream);
+}
+
+// To be removed once it is measured.
+bool fetch_ahead() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("VITKD_KD_AHEAD");
+    return value && *value == '1';
+  }();
+  return wanted;
+}
+
+// By kd_loss_ahead_kernel; false where it has nothing to fetch ahead, or may not.
+template <class T, int kRun>
+bool queue_ahead(const Arguments& p, void* stream, const char*& error) {
+  if constexpr (kRun == kVector<T>) {
+    if (!p.vectors || !fetch_ahead()) return false;
+    const auto kernel = kd_loss_ahead_kernel<T, kWarp, 32, kRun, static_cast<int>(KDKind::kl)>;
+    constexpr size_t kBytes = ahead_bytes<T>(kWarp, 32);
+    const int64_t blocks = resident_blocks(kernel, kWarp, kBytes);
+    if (p.rows <= blocks) return false;
+    error = queue_blocks(kernel, blocks, kWarp, kBytes, p, stream);
+    return true;
+  } else {
+    return false;
+  }
 }
 
 // kl of up to 1024 half-precision classes goes to one warp, 32 a thread: 125 vectors of bfloat16 fill 98 % of their 128
@@ -533,9 +621,11 @@ template <class T, int kRun, int kKind>
 const char* queue_softmax(const Arguments& p, void* stream) {
   if (p.classes <= 256) return queue_rows<32, 8>(kd_loss_kernel<T, 32, 8, kRun, kKind>, p, stream);
   if (p.classes <= 1024) {
-    if constexpr (sizeof(T) == 2 && kKind == static_cast<int>(KDKind::kl))
+    if constexpr (sizeof(T) == 2 && kKind == static_cast<int>(KDKind::kl)) {
+      const char* error = nullptr;
+      if (queue_ahead<T, kRun>(p, stream, error)) return error;
       return queue_rows<32, 32>(kd_loss_kernel<T, 32, 32, kRun, kKind>, p, stream);
-    else return queue_rows<64, 16>(kd_loss_kernel<T, 64, 16, kRun, kKind>, p, stream);
+    } else return queue_rows<64, 16>(kd_loss_kernel<T, 64, 16, kRun, kKind>, p, stream);
   }
   if (p.classes <= 4096) return queue_rows<256, 16>(kd_loss_kernel<T, 256, 16, kRun, kKind>, p, stream);
   return queue_rows<512, 8>(kd_loss_long_kernel<T, 512, 8, kRun, kKind>, p, stream);

@@ -253,6 +253,20 @@ def test_mean_of_rows_that_are_not_finite(cuda, slots, value):
     torch.testing.assert_close(mean, loss.mean(), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("classes", (264, 1000, 1024))
+def test_rows_fetched_ahead_change_no_bit(cuda, classes, dtype, monkeypatch):
+    monkeypatch.setenv("VITKD_KD_AHEAD", "1")
+    ahead = host.Emulator(cuda._executable)  # a process of its own, which reads it
+    for rows in (2, 3, 7):
+        for wanted in ((True, True), (False, True)):
+            arguments = *logits(rows, classes, dtype), 0, 4.0, *wanted, 0.5, True
+            expected = cuda.kd_loss(*arguments)
+            for ahead.schedule in host.SCHEDULES:
+                found = ahead.kd_loss(*arguments)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_no_rows_and_unsupported_dtype(cuda):
     student, teacher = logits(0, 10, torch.float32)
     assert cuda.kd_loss(student, teacher, 0, 1.0, True, True)[0].shape == (0,)

@@ -55,6 +55,8 @@ def expected():
                 yield "attention_hopper_backward", dtype, f"{width}, {BACKWARD[-1]}"
         if dtype == "float32":
             yield "kd_mean", dtype, "1024"
+        else:
+            yield "kd_loss_ahead", dtype, "32, 32, 8, 0"
         for each in (run, 1):
             for team in ("32, 8", "64, 16", "256, 16"):
                 yield "kd_difference", dtype, f"{team}, {each}"
@@ -83,6 +85,7 @@ def test_registers_allow_the_blocks_that_an_sm_should_hold(rows):
         "attention_head_forward": {"5, 7": 128, "7, 10": 168, "10, 13": 128, "13, 17": 168},
         "attention_head_backward": {"2, 4": 128, "4, 5": 128, "7, 10": 168},
         "kd_loss": {"32, 8, 0": 128},  # 1000 classes: 16 rows and more
+        "kd_loss_ahead": {"32, 8, 0": 128},
     }
     for row in rows:
         size = row["arguments"].partition(", ")[2]
