@@ -4,8 +4,8 @@
 
 Needs cuobjdump, which triton brings along. A kernel is its template arguments: head width and, in tiles of 16 tokens,
 the length that is too short and the longest for attention_head; the padded head width for attention; for kd_loss the
-threads of a row, classes per thread, classes per access and the kind. Which GPUs is TORCH_CUDA_ARCH_LIST's matter, when
-the library is built.
+threads of a row, classes per thread, classes per access and the kind; for kd_mean the threads. Which GPUs is
+TORCH_CUDA_ARCH_LIST's matter, when the library is built.
 """
 
 import argparse
@@ -88,6 +88,7 @@ def _shared_memory(rows: list[dict]) -> dict[tuple, int]:
     for kernel, dtype, arguments in kernels:
         numbers = arguments.split(", ")
         shape = f"Shape<{'float' if dtype == 'float32' else dtype}, {arguments}>"
+        block = f"shared_bytes(threads_of_block({', '.join(numbers[:2])}))"
         size = {
             "attention_head_forward": f"ForwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_head_backward": f"BackwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
@@ -96,9 +97,11 @@ def _shared_memory(rows: list[dict]) -> dict[tuple, int]:
             "attention_hopper_backward": f"HopperBackwardShape<{numbers[0]}, {numbers[-1]}>::kBytes",
             "attention_forward": f"{shape}::kForwardBytes",
             "attention_backward": f"{shape}::kBackwardBytes + statistics_bytes(kChunk, {shape}::kRows)",
-            "kd_loss": f"shared_bytes({numbers[0]})",
+            "kd_loss": block,
+            "kd_loss_ahead": f"ahead_bytes<{dtype}>({', '.join(numbers[:2])})",
             "kd_loss_long": f"shared_bytes({numbers[0]})",
-            "kd_difference": f"shared_bytes({numbers[0]})",
+            "kd_difference": block,
+            "kd_mean": f"shared_bytes({numbers[0]})",
             "scale": "0",
         }[kernel]
         lines.append(f'std::printf("%zu\\n", size_t({size}));')

@@ -62,10 +62,13 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(const Tensor& student_any, const Tens
   };
   Tensor grad_s = gradient(student_grad), grad_t = gradient(teacher_grad);
   args.loss = loss.mutable_data_ptr();
+  const bool by_kernel = !kCpu && mean && 0 < args.rows && args.rows <= kMeanRows;
+  Tensor average = by_kernel ? new_empty(student, {}, row_type) : loss;
+  args.mean = by_kernel ? average.mutable_data_ptr() : nullptr;
   args.student_grad = student_grad ? grad_s.mutable_data_ptr() : nullptr;
   args.teacher_grad = teacher_grad ? grad_t.mutable_data_ptr() : nullptr;
   if (args.rows > 0) launch(&backend::kd_loss, args, student);
-  return {mean ? mean_of(loss) : loss, grad_s, grad_t};
+  return {mean && !by_kernel ? mean_of(loss) : average, grad_s, grad_t};
 }
 
 }  // namespace

@@ -33,6 +33,8 @@ struct AttentionBackward {
 
 enum class KDKind : int32_t { kl, reverse_kl, js, l1, mse };
 
+constexpr int64_t kMeanRows = 65536;  // of more, many blocks take the mean faster than one
+
 // One loss per row of logits and, in the same sweep, its gradients.
 // kl: T^2 KL(teacher || student), reverse_kl: T^2 KL(student || teacher),
 // js: T^2 (KL(teacher || m) + KL(student || m)) / 2 with m the mean of both, all on softmax(logits / T);
@@ -48,6 +50,7 @@ struct KDLoss {
   const void* teacher;
   int64_t teacher_stride;
   void* loss;          // (rows,), float; double when dtype is float64
+  void* mean;          // of the losses, one float, or null; on a GPU alone, of at most kMeanRows
   void* student_grad;  // weight * d loss[row] / d student, (rows, classes) contiguous in dtype, or null when not wanted
   void* teacher_grad;
 };

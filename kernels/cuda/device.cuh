@@ -127,6 +127,41 @@ __device__ __forceinline__ void store_vector(void* global, const Vector<uint32_t
                : "memory");
 }
 
+// For kernels that launch_early starts: all threads call the first before they touch global memory, those that have
+// nothing to do with it too. It returns when all that was queued before has ended, and is visible. The second lets the
+// next launch, if it is one of these, take the room that this one leaves, once all blocks have called it or ended.
+__device__ __forceinline__ void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_later_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// How many of `calls` were before this one; after the last the counter is 0 again. What this thread wrote before, and
+// threads of its block that it has met at a barrier since, load_of_blocks finds in the block of the call that is last.
+__device__ __forceinline__ unsigned count_call(unsigned* counter, unsigned calls) {
+  unsigned before;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(calls - 1)
+               : "memory");
+  return before;
+}
+
+// What another block wrote in this launch: not from this multiprocessor's cache, so that no fence has to clear it.
+__device__ __forceinline__ float load_of_blocks(const float* global) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(global) : "memory");
+  return value;
+}
+
+// A barrier of the block: whether any of its threads brings true.
+__device__ __forceinline__ bool any_of_block(bool value) { return __syncthreads_or(value); }
+
 // 16 bytes from global to shared memory in the background, or 16 zero bytes; both addresses 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -216,6 +251,53 @@ const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
   kernel<<<static_cast<unsigned>(grid), block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+// Whether the code that the current device runs of this kernel has wait_for_earlier: a GPU that could do it may be given
+// what was compiled for an older one. Drivers of before CUDA 12.3 cannot capture such launches into graphs.
+template <class... Parameters>
+bool waits_for_earlier(void (*kernel)(Parameters...)) {
+  static const bool capturable = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+  }();
+  thread_local void (*last)(Parameters...) = nullptr;  // of each thread, since a loop asks for few kernels in turn
+  thread_local int last_device = -1;
+  thread_local bool waits = false;
+  int device = -1;
+  if (!capturable || cudaGetDevice(&device) != cudaSuccess) return false;
+  if (kernel != last || device != last_device) {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+    if (status != cudaSuccess) cudaGetLastError();  // so that the launch does not report it as its own
+    waits = status == cudaSuccess && attributes.ptxVersion >= 90;
+    last = kernel;
+    last_device = device;
+  }
+  return waits;
+}
+
+// The same for a kernel that begins with wait_for_earlier: its blocks come while those of the launch before end, where
+// the GPU can do so.
+template <class... Parameters, class... Arguments>
+const char* launch_early(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, void* stream,
+                         const Arguments&... arguments) {
+  if (grid > kMaxBlocks || shared_bytes > 48 * 1024 || !waits_for_earlier(kernel))
+    return launch(kernel, grid, block, shared_bytes, stream, arguments...);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(status);
 }
 
 }  // namespace vitkd::cuda

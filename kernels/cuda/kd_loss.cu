@@ -1,5 +1,5 @@
-// Distillation losses of rows of logits and their gradients, in one launch. A team of threads, a warp or a block, holds
-// a row of up to 4096 classes in registers; a longer one is read again for each sweep.
+// Distillation losses of rows of logits, their mean and their gradients, in one launch. A team of threads, a warp or a
+// block, holds a row of up to 4096 classes in registers; a longer one is read again for each sweep.
 //
 // 4096 x 1000 in bfloat16 are 33 MB, 6.8 us of an H200's 4.8 TB/s. In that time its 528 schedulers (1.755 GHz) issue 49
 // instructions for 32 pairs of logits, 98 in float32. By the machine code for sm_90, both gradients wanted, kl takes 29
@@ -8,7 +8,9 @@
 // row, addresses, two reductions, two reciprocals and a logarithm, is shared by the 32 pairs of a thread.
 #include "../kernels.h"
 #include "device.cuh"
+#include "slots.cuh"
 
+#include <cstdlib>
 #include <utility>
 
 namespace vitkd::cuda {
@@ -18,6 +20,8 @@ namespace {
 struct Arguments {
   const void *student, *teacher;
   float* loss;
+  float* mean;  // or null
+  int slot;     // of `counters`, with a mean
   void *student_grad, *teacher_grad;
   int64_t rows, classes, student_stride, teacher_stride;
   float temperature, weight;
@@ -46,7 +50,7 @@ struct alignas(kCount == 1 ? 4 : kCount == 2 ? 8 : 16) Values {
 // Shared memory of a block: for each warp, what it adds to each of the three reductions that a row can need. They do
 // not share a place, so that one barrier per reduction is enough.
 enum Place { kLargest = 0, kMeans = 2, kSums = 4, kPlaces = 8 };
-constexpr size_t shared_bytes(int team) { return team > kWarp ? team / kWarp * kPlaces * sizeof(float) : 0; }
+constexpr size_t shared_bytes(int threads) { return threads > kWarp ? threads / kWarp * kPlaces * sizeof(float) : 0; }
 
 // The same results in every thread of the team, whatever the order in which they run. Several values at once cost
 // little more time than one: the shuffles of one fill the latency of another's.
@@ -69,6 +73,70 @@ __device__ void reduce(Values<kCount>& values, Combine combine) {
       for (int i = 0; i < kCount; ++i) values.of[i] = combine(values.of[i], others.of[i]);
     }
   }
+}
+
+// At the top of a kernel. Whoever comes next may have what room is left, since it waits for the end of all blocks.
+__device__ void begin() {
+  wait_for_earlier();
+  let_later_start();
+}
+
+// Blocks that have their losses stored, of each launch that may run now.
+__device__ unsigned counters[kSlots];
+
+// Once a block's losses are stored, by thread 0 if they are of one row; what comes back is thread 0's to hand to
+// finish_mean. Gradients are stored between the two: the count does not wait for them, nor they for its answer.
+template <int kTeams>
+__device__ unsigned count_block(const Arguments& p) {
+  unsigned before = 0xffffffff;
+  if (p.mean) {
+    if (kTeams > 1) __syncthreads();
+    if (threadIdx.x == 0) before = count_call(&counters[p.slot], gridDim.x);
+  }
+  return before;
+}
+
+// A thread's share of the losses' sum: kCount of them, all on their way at once.
+template <int kThreads, int kCount>
+__device__ float sum_of_losses(const float* loss, int begin, int rows) {
+  float losses[kCount] = {}, parts[4] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (begin + i * kThreads < rows) losses[i] = load_of_blocks(loss + begin + i * kThreads);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) parts[i % 4] += losses[i];
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// The mean of the losses by one block, whichever it is in the same order. The loads' latency is what takes time, so that
+// there are 2048 at a time or more, whatever the number of threads.
+template <int kThreads>
+__device__ void store_mean(const float* loss, int rows, float* mean) {
+  constexpr int kFew = 8, kMany = kThreads * kFew < 2048 ? 2048 / kThreads : kFew;
+  Values<1> total;
+  if (rows <= kThreads * kFew) {
+    total.of[0] = sum_of_losses<kThreads, kFew>(loss, threadIdx.x, rows);
+  } else {
+    double sum = 0;
+    for (int begin = threadIdx.x; begin < rows; begin += kThreads * kMany)
+      sum += sum_of_losses<kThreads, kMany>(loss, begin, rows);
+    total.of[0] = static_cast<float>(sum);
+  }
+  reduce<kThreads, kMeans>(total, Sum{});
+  if (threadIdx.x == 0) *mean = total.of[0] / static_cast<float>(rows);
+}
+
+// The last block's work, after all else.
+template <int kThreads>
+__device__ void finish_mean(const Arguments& p, unsigned before) {
+  if (p.mean && any_of_block(before == gridDim.x - 1)) store_mean<kThreads>(p.loss, static_cast<int>(p.rows), p.mean);
+}
+
+// The mean where the blocks of the launch before cannot count themselves, or one of them would take long.
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads) kd_mean_kernel(const T* loss, int rows, T* mean) {
+  wait_for_earlier();
+  store_mean<kThreads>(loss, rows, mean);
 }
 
 // An exponential is a power of 2 where logits are half precision and a row has many: one instruction, off by 2 ulp at
@@ -161,8 +229,9 @@ struct Slice {
     }
   }
 
-  // Every load of both rows is on its way before the first value is used.
-  __device__ void load(float (&s)[kHeld], float (&t)[kHeld], const T* student, const T* teacher) const {
+  // Every load of both rows is on its way before the first value is used; `then` comes between.
+  template <class Then>
+  __device__ void load(float (&s)[kHeld], float (&t)[kHeld], const T* student, const T* teacher, Then then) const {
     Run<T, kRun> students[kRuns] = {}, teachers[kRuns] = {};
     auto load_all = [&](bool whole) {
 #pragma unroll
@@ -174,6 +243,7 @@ struct Slice {
     };
     if (kRun == 1 || vectors) load_all(true);
     else load_all(false);  // an odd stride or address: right, but kRun accesses to the sectors that one would do
+    then();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       s[i] = to_float(students[i / kRun].get(i % kRun));
@@ -205,7 +275,7 @@ constexpr int threads_of_block(int team, int held) { return team * held <= 256 ?
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 struct Row {
   using Piece = Slice<T, kTeam, kHeld, kRun>;
-  static constexpr int kTeams = threads_of_block(kTeam, kHeld) / kTeam;
+  static constexpr int kThreads = threads_of_block(kTeam, kHeld), kTeams = kThreads / kTeam;
   static constexpr bool kJs = kKind == static_cast<int>(KDKind::js);
   static constexpr bool kShort = kTeam * kHeld <= 256;
   static constexpr bool kTwoRounds = kJs || kShort;  // kl alone can sum p (t - s) before it knows what p sums to
@@ -225,6 +295,9 @@ struct Row {
   float log_ratio = 0;     // log(student's sum / teacher's), as an exponent
   Values<2> means = {};    // of the ratios in Pairs, weighted by q and p
 
+  // Where several teams share a block, the last ones of the last block may have no row.
+  __device__ bool exists() const { return kTeams == 1 || index < p.rows; }
+
   // The classes from `begin` on, as many as the team holds.
   __device__ Piece piece(int64_t begin) const {
     const int64_t left = p.classes - begin;
@@ -237,7 +310,7 @@ struct Row {
   };
 
   __device__ void load(const Piece& piece, Pairs& x, int64_t begin) const {
-    piece.load(x.s, x.t, student + begin, teacher + begin);
+    piece.load(x.s, x.t, student + begin, teacher + begin, [] {});
   }
 
   // The largest logits so far of both sides.
@@ -344,21 +417,73 @@ struct Row {
 // kl and js of a row that fits the team's registers. (Without the 1, ptxas spills four bytes of js for sm_100.)
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_kernel(const Arguments p) {
+  begin();
   Row<T, kTeam, kHeld, kRun, kKind> row{p};
-  if (row.index >= p.rows) return;  // a whole team
   const auto piece = row.piece(0);
   typename decltype(row)::Pairs x;
-  row.load(piece, x, 0);
-  row.largest = row.largest_with(piece, x);
-  reduce<kTeam, kLargest>(row.largest, Max{});
-  row.sums = row.exponentiate(piece, x);
-  row.finish_sums();
-  if (row.kTwoRounds) {
-    row.means = row.compare(piece, x);
-    row.finish_means();
+  if (row.exists()) {
+    row.load(piece, x, 0);
+    row.largest = row.largest_with(piece, x);
+    reduce<kTeam, kLargest>(row.largest, Max{});
+    row.sums = row.exponentiate(piece, x);
+    row.finish_sums();
+    if (row.kTwoRounds) {
+      row.means = row.compare(piece, x);
+      row.finish_means();
+    }
+    row.store_loss();
   }
-  row.store_loss();
-  row.store_gradients(piece, x, 0);
+  const unsigned before = count_block<row.kTeams>(p);
+  if (row.exists()) row.store_gradients(piece, x, 0);
+  finish_mean<row.kThreads>(p, before);
+}
+
+// The same with no more blocks than run at once, each a warp, for rows of whole vectors. While a warp works on a row its
+// next one comes to shared memory, every thread's part to where only that thread reads it. The same arithmetic, so that
+// the results are the same bits.
+template <class T, int kTeam, int kHeld, int kRun, int kKind>
+__global__ void __launch_bounds__(kTeam, 16) kd_loss_ahead_kernel(const Arguments p) {
+  begin();
+  using Each = Row<T, kTeam, kHeld, kRun, kKind>;
+  static_assert(kTeam == kWarp && Each::kTeams == 1 && kRun == kVector<T>, "no barriers, and whole vectors");
+  const typename Each::Piece piece = {static_cast<int>(threadIdx.x), static_cast<int>(p.classes), true};
+  T* const student = shared_memory<T>();
+  T* const teacher = student + kTeam * kHeld;
+  auto fetch = [&](int64_t index) {
+    if (index >= p.rows) return;
+    const Each row{p, index};
+    const T* const from_s = row.student + piece.start(0);
+    const T* const from_t = row.teacher + piece.start(0);
+#pragma unroll
+    for (int run = 0; run < piece.kRuns; ++run) {
+      if (!piece.inside(run)) continue;
+      copy_async(student + piece.start(run), from_s + run * kTeam * kRun, true);
+      copy_async(teacher + piece.start(run), from_t + run * kTeam * kRun, true);
+    }
+    copy_async_commit();
+  };
+
+  typename Each::Pairs x;
+  int64_t index = blockIdx.x;
+  unsigned before = 0;
+  const Each first{p, index};
+  piece.load(x.s, x.t, first.student, first.teacher, [&] { fetch(index + gridDim.x); });
+  while (true) {
+    Each row{p, index};
+    row.largest = row.largest_with(piece, x);
+    reduce<kTeam, kLargest>(row.largest, Max{});
+    row.sums = row.exponentiate(piece, x);
+    row.finish_sums();
+    row.store_loss();
+    index += gridDim.x;
+    if (index >= p.rows) before = count_block<1>(p);
+    row.store_gradients(piece, x, 0);
+    if (index >= p.rows) break;
+    copy_async_wait<0>();
+    piece.load(x.s, x.t, student, teacher, [] {});
+    fetch(index + gridDim.x);
+  }
+  finish_mean<kTeam>(p, before);
 }
 
 // kl and js of any row: the sums in one sweep, by an online softmax of each thread's own, js's means in another, the
@@ -366,6 +491,7 @@ __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_ker
 // blocks on each SM, rows of 65,536 classes in bfloat16 are 67 MB, and an H200 has 50 MB of L2.
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 __global__ void __launch_bounds__(kTeam, 1024 / kTeam) kd_loss_long_kernel(const Arguments p) {
+  begin();
   Row<T, kTeam, kHeld, kRun, kKind> row{p};
   typename decltype(row)::Pairs x;
   bool backwards = false;
@@ -397,23 +523,26 @@ __global__ void __launch_bounds__(kTeam, 1024 / kTeam) kd_loss_long_kernel(const
     row.finish_means();
   }
   row.store_loss();
-  if (!p.student_grad && !p.teacher_grad) return;
-  sweep([&](const auto& piece, int64_t begin) {
-    row.exponentiate(piece, x);
-    if (row.kTwoRounds) row.compare(piece, x);
-    row.store_gradients(piece, x, begin);
-  });
+  const unsigned before = count_block<1>(p);
+  if (p.student_grad || p.teacher_grad) {
+    sweep([&](const auto& piece, int64_t begin) {
+      row.exponentiate(piece, x);
+      if (row.kTwoRounds) row.compare(piece, x);
+      row.store_gradients(piece, x, begin);
+    });
+  }
+  finish_mean<kTeam>(p, before);
 }
 
 // l1 and mse of any row, in one sweep: a gradient needs its own pair of logits alone.
 template <class T, int kTeam, int kHeld, int kRun>
 __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld)) kd_difference_kernel(const Arguments p) {
+  begin();
   Row<T, kTeam, kHeld, kRun, 0> row{p};
-  if (row.index >= p.rows) return;  // a whole team
   const float per_class = 1 / static_cast<float>(p.classes);
   typename decltype(row)::Pairs x;
   Values<1> loss = {};
-  for (int64_t begin = 0; begin < p.classes; begin += kTeam * kHeld) {
+  for (int64_t begin = 0; begin < p.classes && row.exists(); begin += kTeam * kHeld) {
     const auto piece = row.piece(begin);
     row.load(piece, x, begin);
     float part = 0;
@@ -429,13 +558,59 @@ __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld)) kd_difference_
     if (p.teacher_grad) piece.store(static_cast<T*>(p.teacher_grad) + offset, [&](int i) { return -x.s[i]; });
   }
   reduce<kTeam, kSums>(loss, Sum{});
-  if (row.member == 0) p.loss[row.index] = loss.of[0] / static_cast<float>(p.classes);
+  if (row.member == 0 && row.exists()) p.loss[row.index] = loss.of[0] / static_cast<float>(p.classes);
+  finish_mean<row.kThreads>(p, count_block<row.kTeams>(p));
+}
+
+// kd_loss_ahead_kernel's: a row of both sides.
+template <class T>
+constexpr size_t ahead_bytes(int team, int held) {
+  return 2 * team * held * sizeof(T);
+}
+
+constexpr int64_t kMostRows = 8192;  // of which one block of the launch takes the mean sooner than another launch would
+
+const char* queue_blocks(void (*kernel)(Arguments), int64_t blocks, int threads, size_t bytes, Arguments p,
+                         void* stream) {
+  constexpr int kMeanThreads = 1024;
+  float* const mean = p.mean;
+  if (p.mean) p.slot = p.rows <= kMostRows ? slot_for(stream) : -1;
+  if (p.slot < 0) p.mean = nullptr;
+  const char* error = launch_early(kernel, blocks, threads, bytes, stream, p);
+  if (error || !mean || p.mean) return error;
+  return launch_early(kd_mean_kernel<float, kMeanThreads>, 1, kMeanThreads, shared_bytes(kMeanThreads), stream,
+                      static_cast<const float*>(p.loss), static_cast<int>(p.rows), mean);
 }
 
 template <int kTeam, int kHeld>
 const char* queue_rows(void (*kernel)(Arguments), const Arguments& p, void* stream) {
   constexpr int kThreads = threads_of_block(kTeam, kHeld), kRows = kThreads / kTeam;
-  return launch(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kTeam), stream, p);
+  return queue_blocks(kernel, (p.rows + kRows - 1) / kRows, kThreads, shared_bytes(kThreads), p, stream);
+}
+
+// To be removed once it is measured.
+bool fetch_ahead() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("VITKD_KD_AHEAD");
+    return value && *value == '1';
+  }();
+  return wanted;
+}
+
+// By kd_loss_ahead_kernel; false where it has nothing to fetch ahead, or may not.
+template <class T, int kRun>
+bool queue_ahead(const Arguments& p, void* stream, const char*& error) {
+  if constexpr (kRun == kVector<T>) {
+    if (!p.vectors || !fetch_ahead()) return false;
+    const auto kernel = kd_loss_ahead_kernel<T, kWarp, 32, kRun, static_cast<int>(KDKind::kl)>;
+    constexpr size_t kBytes = ahead_bytes<T>(kWarp, 32);
+    const int64_t blocks = resident_blocks(kernel, kWarp, kBytes);
+    if (p.rows <= blocks) return false;
+    error = queue_blocks(kernel, blocks, kWarp, kBytes, p, stream);
+    return true;
+  } else {
+    return false;
+  }
 }
 
 // kl of up to 1024 half-precision classes goes to one warp, 32 a thread: 125 vectors of bfloat16 fill 98 % of their 128
@@ -446,9 +621,11 @@ template <class T, int kRun, int kKind>
 const char* queue_softmax(const Arguments& p, void* stream) {
   if (p.classes <= 256) return queue_rows<32, 8>(kd_loss_kernel<T, 32, 8, kRun, kKind>, p, stream);
   if (p.classes <= 1024) {
-    if constexpr (sizeof(T) == 2 && kKind == static_cast<int>(KDKind::kl))
+    if constexpr (sizeof(T) == 2 && kKind == static_cast<int>(KDKind::kl)) {
+      const char* error = nullptr;
+      if (queue_ahead<T, kRun>(p, stream, error)) return error;
       return queue_rows<32, 32>(kd_loss_kernel<T, 32, 32, kRun, kKind>, p, stream);
-    else return queue_rows<64, 16>(kd_loss_kernel<T, 64, 16, kRun, kKind>, p, stream);
+    } else return queue_rows<64, 16>(kd_loss_kernel<T, 64, 16, kRun, kKind>, p, stream);
   }
   if (p.classes <= 4096) return queue_rows<256, 16>(kd_loss_kernel<T, 256, 16, kRun, kKind>, p, stream);
   return queue_rows<512, 8>(kd_loss_long_kernel<T, 512, 8, kRun, kKind>, p, stream);
@@ -476,6 +653,8 @@ const char* queue(KDLoss p, void* stream) {
   const Arguments arguments = {p.student,
                                p.teacher,
                                static_cast<float*>(p.loss),
+                               static_cast<float*>(p.mean),
+                               0,
                                p.student_grad,
                                p.teacher_grad,
                                p.rows,

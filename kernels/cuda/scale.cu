@@ -28,6 +28,7 @@ __device__ void scale_one(T* data, int64_t count, float factor) {
 
 template <class T, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_kernel(const Scale p) {
+  wait_for_earlier();
   const float factor = *p.factor * static_cast<float>(p.share);
   if (factor == 1) return;
   scale_one(static_cast<T*>(p.data[0]), p.count[0], factor);
@@ -38,7 +39,7 @@ template <class T>
 const char* queue(const Scale& p, void* stream) {
   const int64_t vectors = std::max(p.count[0], p.count[1]) / kVector<T> + 1;
   const int64_t blocks = std::min(kBlocks, (vectors + kThreads - 1) / kThreads);
-  return launch(scale_kernel<T, kThreads>, blocks, kThreads, 0, stream, p);
+  return launch_early(scale_kernel<T, kThreads>, blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -204,6 +204,69 @@ def test_the_order_in_which_threads_run_changes_no_bit(cuda, classes):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.fixture(params=(True, False), ids=("counted", "another launch"))
+def slots(cuda, request):
+    """Whether the blocks can count themselves, so that the last one takes the mean."""
+    cuda.slots = request.param
+    yield request.param
+    cuda.slots = True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 10), (7, 10), (1, 1000), (3, 1000), (3, 1025), (2, 4104)])
+def test_mean(cuda, slots, rows, classes, kind):
+    """In one block and in many, the last of which may have teams without a row; and the rest is what it was. That the
+    count is 0 again the emulator sees."""
+    student, teacher = logits(rows, classes, torch.bfloat16)
+    arguments = student, teacher, KINDS.index(kind), 1.0
+    for wanted in ((True, True), (False, False)):
+        expected = cuda.kd_loss(*arguments, *wanted)
+        for cuda.schedule in host.SCHEDULES[:2]:
+            mean, *rest = cuda.kd_loss(*arguments, *wanted, mean=True)
+            assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True))
+            torch.testing.assert_close(mean.double(), expected[0].double().mean(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(1025, 1), (4099, 2), (8193, 1), (300, 257)])
+def test_mean_of_many_rows(cuda, rows, classes, dtype):
+    """More than a block's threads have at once, and so many that one block of the launch would take long."""
+    student, teacher = logits(rows, classes, dtype)
+    mean, loss, *_ = cuda.kd_loss(student, teacher, KINDS.index("mse"), 1.0, False, False, mean=True)
+    torch.testing.assert_close(mean.double(), loss.double().mean(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("classes", (10, 1000, 2000, 5000))
+def test_the_order_in_which_blocks_end_changes_no_bit_of_the_mean(cuda, classes):
+    student, teacher = logits(9, classes, torch.float16)
+    means = []
+    for cuda.schedule in host.SCHEDULES:
+        means += [cuda.kd_loss(student, teacher, 2, 2.0, True, True, mean=True, out_offset=i)[0] for i in range(2)]
+    assert all(torch.equal(mean, means[0]) for mean in means)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf), ids=str)
+def test_mean_of_rows_that_are_not_finite(cuda, slots, value):
+    student, teacher = logits(7, 10, torch.float32)
+    student[5, 3] = value
+    mean, loss, *_ = cuda.kd_loss(student, teacher, KINDS.index("l1"), 1.0, True, True, mean=True)
+    torch.testing.assert_close(mean, loss.mean(), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("classes", (264, 1000, 1024))
+def test_rows_fetched_ahead_change_no_bit(cuda, classes, dtype, monkeypatch):
+    monkeypatch.setenv("VITKD_KD_AHEAD", "1")
+    ahead = host.Emulator(cuda._executable)  # a process of its own, which reads it
+    for rows in (2, 3, 7):
+        for wanted in ((True, True), (False, True)):
+            arguments = *logits(rows, classes, dtype), 0, 4.0, *wanted, 0.5, True
+            expected = cuda.kd_loss(*arguments)
+            for ahead.schedule in host.SCHEDULES:
+                found = ahead.kd_loss(*arguments)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_no_rows_and_unsupported_dtype(cuda):
     student, teacher = logits(0, 10, torch.float32)
     assert cuda.kd_loss(student, teacher, 0, 1.0, True, True)[0].shape == (0,)

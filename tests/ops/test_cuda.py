@@ -177,6 +177,82 @@ def test_the_backward_repeats_bit_by_bit(ops, tokens, dtype):
         assert_same((ops.attention(qkv, SCALE), ops.attention_backward(grad_out, qkv, SCALE)), first)
 
 
+def mean_inputs(rows, classes, dtype=torch.bfloat16, seed=0):
+    return packed(rows, classes, seed=seed, dtype=dtype), packed(rows, classes, seed=seed + 1, dtype=dtype)
+
+
+def loss_of(ops, inputs, kind=0, mean=True):
+    temperature = 1.0 if kind > 2 else 4.0
+    return ops.kd_loss(*inputs, kind, temperature, True, True, 1.0, mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    [(1, 1000), (3, 10), (257, 1000), (4096, 1000), (4099, 10), (8193, 100), (65_537, 4), (300, 1001), (130, 5000)],
+)
+def test_the_mean_is_that_of_the_rows_and_repeats_bit_by_bit(ops, rows, classes, kind, dtype):
+    """Whichever block ends last: the order of the blocks is another in every run."""
+    inputs = mean_inputs(rows, classes, dtype)
+    loss, *grads = loss_of(ops, inputs, kind, mean=False)
+    first, *rest = loss_of(ops, inputs, kind)
+    assert_same(rest, grads)
+    torch.testing.assert_close(first.double(), loss.double().mean(), rtol=1e-6, atol=0)
+    for _ in range(20):
+        assert_same(loss_of(ops, inputs, kind)[:1], (first,))
+
+
+def test_the_mean_of_no_rows_is_torchs(ops):
+    mean, *_ = loss_of(ops, mean_inputs(0, 10))
+    assert mean.shape == () and mean.isnan()
+
+
+SIZES = [(256, 1000), (4096, 1000), (4099, 10)]
+
+
+@pytest.mark.parametrize(("rows", "classes"), SIZES)
+def test_means_of_streams_that_run_at_once(ops, rows, classes):
+    inputs = [mean_inputs(rows, classes, seed=2 * i) for i in range(2)]
+    expected = [loss_of(ops, each)[0] for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(200):
+        for stream, each in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(loss_of(ops, each)[0])
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert_same([torch.stack(found[i::2])], [expected[i].expand(200)])
+
+
+@pytest.mark.parametrize(("rows", "classes"), SIZES)
+def test_means_of_graphs_of_one_stream_that_run_at_once(ops, rows, classes):
+    """Captured on one stream, replayed on two; and the same graph again and again on either."""
+    inputs = [mean_inputs(rows, classes, seed=2 * i) for i in range(2)]
+    expected = [loss_of(ops, each)[0] for each in inputs]
+    torch.cuda.synchronize()
+    captured = torch.cuda.Stream()
+    graphs, means = [torch.cuda.CUDAGraph() for _ in inputs], []
+    for graph, each in zip(graphs, inputs, strict=True):
+        with torch.cuda.graph(graph, stream=captured):
+            means.append([loss_of(ops, each)[0] for _ in range(5)])
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for turn in range(40):
+        for several in means:
+            for mean in several:
+                mean.zero_()
+        torch.cuda.synchronize()
+        for _ in range(5):
+            for i, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    graphs[(i + turn) % 2].replay()
+        torch.cuda.synchronize()
+        for several, mean in zip(means, expected, strict=True):
+            assert_same(several, [mean] * 5)
+
+
 @pytest.mark.parametrize("tokens", [65, 577])
 def test_nothing_waits_for_the_gpu(step, tokens):
     inputs = draw(tokens)

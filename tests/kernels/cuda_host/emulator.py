@@ -50,6 +50,7 @@ class Emulator:
         self.schedule = SCHEDULES[0]
         self.max_shared = 227 * 1024  # bytes that a block may have
         self.warpgroups = False  # whether four warps can multiply at once, as on sm_90
+        self.slots = True  # whether a launch can count its blocks
 
     def attention(self, qkv: Tensor, scale: float, out_offset: int = 0) -> Tensor:
         batch, tokens, _, heads, head_dim = qkv.shape
@@ -73,12 +74,16 @@ class Emulator:
         student_grad: bool,
         teacher_grad: bool,
         weight: float = 1.0,
+        mean: bool = False,
         out_offset: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """As the op; with `mean`, the rows' losses too come from the kernel, and the mean stands before them."""
         rows, classes = student.shape
         words = [_dtype(student), kind, rows, classes, temperature, weight, student.stride(0), teacher.stride(0)]
         grads = [((rows, classes) if wanted else (0,), student.dtype) for wanted in (student_grad, teacher_grad)]
-        return self._ask("kd_loss", words, [student, teacher], [((rows,), torch.float32), *grads], out_offset)
+        losses = [((rows,), torch.float32), (() if mean else (0,), torch.float32)]
+        loss, average, *grads = self._ask("kd_loss", words, [student, teacher], [*losses, *grads], out_offset)
+        return (average, loss, *grads) if mean else (loss, *grads)
 
     def scale(self, first: Tensor, second: Tensor, factor: Tensor, share: float) -> tuple[Tensor, Tensor]:
         words = [_dtype(first), share, first.numel(), second.numel()]
@@ -100,7 +105,8 @@ class Emulator:
         for shape, dtype in shapes:
             offset = out_offset * dtype.itemsize if shape.numel() else 0
             buffers += [shape.numel() * dtype.itemsize + offset, offset]
-        request = [operation, SCHEDULES.index(self.schedule), self.max_shared, int(self.warpgroups), *words, *buffers]
+        request = [operation, SCHEDULES.index(self.schedule), self.max_shared, int(self.warpgroups)]
+        request += [int(self.slots), *words, *buffers]
         try:
             self._process.stdin.write(" ".join(map(repr, request)).replace("'", "").encode() + b"\n")
             for storage in storages:

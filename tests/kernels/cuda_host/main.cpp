@@ -90,16 +90,18 @@ void kd_loss() {
   p.weight = word<double>();
   p.student_stride = word<int64_t>(), p.teacher_stride = word<int64_t>();
   Buffer student = announced(), teacher = announced();
-  Buffer loss = announced(), student_grad = announced(), teacher_grad = announced();  // a gradient of 0 bytes: unwanted
+  Buffer loss = announced(), mean = announced();  // of 0 bytes: unwanted, as a gradient
+  Buffer student_grad = announced(), teacher_grad = announced();
   end_of_line();
   receive(student);
   receive(teacher);
   p.student = student.data();
   p.teacher = teacher.data();
   p.loss = loss.data();
+  p.mean = mean.size ? mean.data() : nullptr;
   p.student_grad = student_grad.size ? student_grad.data() : nullptr;
   p.teacher_grad = teacher_grad.size ? teacher_grad.data() : nullptr;
-  reply(vitkd::cuda::kd_loss(p, nullptr), {&loss, &student_grad, &teacher_grad});
+  reply(vitkd::cuda::kd_loss(p, nullptr), {&loss, &mean, &student_grad, &teacher_grad});
 }
 
 void scale() {
@@ -129,6 +131,7 @@ int main() {
     simt::random_state = 1;
     simt::max_shared = word<size_t>();
     simt::warpgroups = word<int>();
+    simt::slots = word<int>();
     if (operation == "attention") attention();
     else if (operation == "attention_backward") attention_backward();
     else if (operation == "kd_loss") kd_loss();

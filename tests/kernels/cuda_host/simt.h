@@ -91,6 +91,7 @@ inline uint64_t random_state = 1;
 inline size_t max_shared = 227 * 1024;  // of a block: sm_90 and sm_100; 163 KiB on sm_80, 99 on sm_86, sm_89, sm_120
 
 inline bool warpgroups = false;         // whether the device has wgmma
+inline bool slots = true;               // whether a launch can count its blocks
 
 inline uint32_t random_bits() {
   random_state = random_state * 6364136223846793005u + 1442695040888963407u;
