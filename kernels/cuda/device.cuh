@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <map>
 #include <type_traits>
+#include <utility>
 
 namespace vitkd::cuda {
 
@@ -229,13 +231,16 @@ inline int max_shared_bytes() {
 // How many blocks the current device runs at once; at least 1.
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int block, size_t shared_bytes) {
+  thread_local std::map<std::pair<void (*)(Parameters...), int>, int64_t> known;  // asking takes as long as a launch
   int device = 0, processors = 0, each = 0;
   cudaGetDevice(&device);
+  int64_t& blocks = known[{kernel, device}];
+  if (blocks) return blocks;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block, shared_bytes);
-  const int64_t blocks = int64_t{processors} * each;
-  return blocks > 0 ? blocks : 1;  // an error comes back at the launch
+  const int64_t found = int64_t{processors} * each;
+  return found > 0 ? blocks = found : 1;  // an error comes back at the launch
 }
 
 // Queues kernel<<<grid, block>>>; null, or what went wrong.

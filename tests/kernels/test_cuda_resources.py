@@ -61,6 +61,7 @@ def expected():
         else:
             yield "kd_loss_ahead", dtype, "32, 32, 8, 0"
         for each in (run, 1):
+            yield from (("kd_loss", dtype, f"128, 8, {each}, {kind}") for kind in (0, 2))
             for team in ("32, 8", "64, 16", "256, 16"):
                 yield "kd_difference", dtype, f"{team}, {each}"
                 kl = "32, 32" if team == "64, 16" and dtype != "float32" else team
