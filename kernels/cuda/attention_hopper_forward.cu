@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kWarpgroup, 5)
   bring_part(values, kValue);
   copy_async_commit();
   await_all_but<1>();
-  HopperForward<T, D, kBelow, kTiles> my{name_of<D>(queries),      name_of<D>(keys), name_of<D>(values), tokens, scale_log2, {},
-                                         {-kInfinity, -kInfinity}, {0, 0}};
+  HopperForward<T, D, kBelow, kTiles> my{
+      name_of<D>(queries), name_of<D>(keys), name_of<D>(values), tokens, scale_log2, {}, {-kInfinity, -kInfinity}, {0, 0}};
   my.run(present, [] { await_all_but<0>(); });
   if (present) my.store(out_rows<T, D>(p, owner), first);
 }
@@ -217,14 +217,9 @@ __global__ void __launch_bounds__(HopperForwardShape<D, kTiles>::kThreads, 1)
       const bool present = block * kBlockRows <= first && first < tokens;
       const Name<D> head = name.further(stage * S::kHead);
       // Products read up to 48 rows beyond the last query, which must be in shared memory: other matrices are.
-      HopperForward<T, D, kBelow, kTiles> my{head.further(begin * D),
-                                                head.further(S::kMatrix),
-                                                head.further(2 * S::kMatrix),
-                                                tokens,
-                                                scale_log2,
-                                                {},
-                                                {-kInfinity, -kInfinity},
-                                                {0, 0}};
+      HopperForward<T, D, kBelow, kTiles> my{
+          head.further(begin * D), head.further(S::kMatrix), head.further(2 * S::kMatrix), tokens, scale_log2, {},
+          {-kInfinity, -kInfinity}, {0, 0}};
       my.run(present, [] {});
       if (present) my.store(out_rows<T, D>(p, owner), first);
     }
