@@ -144,15 +144,16 @@ def run_case(size: tuple[int, ...], name: str, measured: Limits, arguments) -> l
         measure(group, inputs, arguments)
         for row, *_ in group:
             rate(row, size, name, measured, arguments.device)
-            row.chosen = row.contender == chosen_for(size, name) if arguments.device == "cuda" else row.ours
+            row.chosen = row.contender == chosen_for(size, name, direction) if arguments.device == "cuda" else row.ours
             rows.append(row)
     return rows
 
 
-def chosen_for(size: tuple[int, ...], name: str) -> str:
+def chosen_for(size: tuple[int, ...], name: str, direction: str) -> str:
     """The contender that `vitkd_fast.ops.attention` is, on this GPU."""
     _, _, tokens, head_dim = size
-    found, _ = choose(torch.device("cuda", torch.cuda.current_device()), DTYPES[name], head_dim, tokens)
+    device = torch.device("cuda", torch.cuda.current_device())
+    found, _ = choose(device, DTYPES[name], head_dim, tokens, gradient=direction != "forward")
     return "sdpa default" if found == "sdpa" else f"vitkd {found}"
 
 

@@ -5,8 +5,8 @@
 Records of attention.py, sweep.py and kd_loss.py with --device cuda; of kd_loss.py those without --graph, since in
 training it waits for the host, whose time graphs leave out. For each GPU, dtype (16 or 32 bits) and head_dim
 the measured sizes are sorted; the fastest of "native", "triton" and, for attention, "sdpa" (what torch takes by itself)
-wins each by its median of forward with backward, and two neighbours that differ are parted midway. Beyond the largest
-measured size nothing is known: a kernel of ours that won there keeps what the default gives it, torch takes the rest;
+wins each by its median of forward with backward, and attention without a gradient by that of the forward; neighbours
+that differ are parted midway. Beyond the largest measured size nothing is known: a kernel of ours that won there keeps what the default gives it, torch takes the rest;
 and of a head_dim measured only beyond the default's bound nothing is written. GPUs of which no record is given keep
 their entry. The same records in any order give the same file.
 """
@@ -39,7 +39,11 @@ def main() -> int:
     table = choose(records, json.loads(arguments.table.read_text()))
     (arguments.out or arguments.table).write_text(text(table))
     for entry in table["gpus"]:
-        print(entry["gpu"], *(f"{key} {entry[key]}" for key in ("attention", "kd_loss") if key in entry), sep="\n  ")
+        print(
+            entry["gpu"],
+            *(f"{key} {entry[key]}" for key in ("attention", "attention_forward", "kd_loss") if key in entry),
+            sep="\n  ",
+        )
     return 0
 
 
@@ -61,14 +65,15 @@ def choose(records: Iterable[dict], table: dict) -> dict:
 def entry_of(capability: tuple[int, int], records: list[dict]) -> dict:
     measured = [{key: record.get(key) for key in ("benchmark", "date", "commit")} for record in records]
     entry: dict = {"measured": measured}
-    attention = sizes_of(records, ("attention", "attention_sweep"))
-    for (dtype, head_dim), sizes in sorted(attention.items()):
-        default = default_tokens(capability, dtype, head_dim)
-        if min(sizes) > default:
-            continue
-        ranges = close(parted(sizes), default)
-        entry.setdefault("attention", {}).setdefault(dtype, {})[str(head_dim)] = ranges
-    for (dtype, _), sizes in sorted(sizes_of(records, ("kd_loss",)).items()):
+    for key, direction in (("attention", "forward+backward"), ("attention_forward", "forward")):
+        attention = sizes_of(records, ("attention", "attention_sweep"), direction)
+        for (dtype, head_dim), sizes in sorted(attention.items()):
+            default = default_tokens(capability, dtype, head_dim)
+            if min(sizes) > default:
+                continue
+            ranges = close(parted(sizes), default)
+            entry.setdefault(key, {}).setdefault(dtype, {})[str(head_dim)] = ranges
+    for (dtype, _), sizes in sorted(sizes_of(records, ("kd_loss",), "forward+backward").items()):
         ranges = parted(sizes)
         entry.setdefault("kd_loss", {})[dtype] = [*ranges[:-1], [None, ranges[-1][1]]]
     tiles = [each for record in records for each in record.get("tiles", [])]
@@ -78,7 +83,7 @@ def entry_of(capability: tuple[int, int], records: list[dict]) -> dict:
     return entry
 
 
-def sizes_of(records: list[dict], benchmarks: tuple[str, ...]) -> dict[tuple[str, int], dict[int, str]]:
+def sizes_of(records: list[dict], benchmarks: tuple[str, ...], direction: str) -> dict[tuple[str, int], dict[int, str]]:
     """(dtype class, head_dim) -> size -> the winner. Of a case in several records the last record counts."""
     cases: dict[str, dict[str, float]] = {}
     for record in records:
@@ -86,7 +91,7 @@ def sizes_of(records: list[dict], benchmarks: tuple[str, ...]) -> dict[tuple[str
         if record["benchmark"] in benchmarks and not by_device_alone:
             here: dict[str, dict[str, float]] = defaultdict(dict)
             for row in record["rows"]:
-                counts = row["contender"] in NAMES and row["direction"] == "forward+backward"
+                counts = row["contender"] in NAMES and row["direction"] == direction
                 if counts and row["median"] and row["correct"]:
                     here[row["case"]][NAMES[row["contender"]]] = row["median"]
             cases |= {case: times for case, times in here.items() if len(times) > 1}

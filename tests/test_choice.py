@@ -53,11 +53,37 @@ def names(dtype, head_dim, *tokens):
 def test_the_shipped_table_is_well_formed():
     for entry in choice.table():
         assert entry["gpu"] and len(entry["capability"]) == 2 and entry["measured"]
-        for widths in entry.get("attention", {}).values():
-            for ranges in widths.values():
-                check_ranges(ranges)
+        for what in ("attention", "attention_forward"):
+            for widths in entry.get(what, {}).values():
+                for ranges in widths.values():
+                    check_ranges(ranges)
         for ranges in entry.get("kd_loss", {}).values():
             check_ranges(ranges)
+
+
+def test_attention_without_a_gradient_has_a_table_of_its_own(pretend):
+    forward = {"16-bit": {"64": [[272, "native"], [None, "sdpa"]]}}
+    pretend({**MIXED, "attention_forward": forward})
+    found = [choose(CUDA, torch.float16, 64, tokens, gradient=False)[0] for tokens in (57, 272, 273)]
+    assert found == ["native", "native", "sdpa"]
+    assert names(torch.float16, 64, 57, 272, 273) == ["triton", "native", "native"]
+    assert choose(CUDA, torch.float16, 32, 50, gradient=False) == choose(CUDA, torch.float16, 32, 50)
+    assert "attention without gradient" in str(doctor())
+    pretend(MIXED)
+    assert choice.attention(CUDA, torch.float16, False) == choice.attention(CUDA, torch.float16)
+    assert "attention without gradient" not in str(doctor())
+
+
+def test_attention_asks_whether_there_will_be_a_gradient(monkeypatch):
+    asked = []
+    module = sys.modules["vitkd_fast.ops.attention"]
+    monkeypatch.setattr(module, "choose", lambda *kind: asked.append(kind[-1]) or ("native", ""))
+    qkv = torch.randn(1, 3, 3, 1, 8, requires_grad=True)
+    ops.attention(qkv)
+    ops.attention(qkv.detach())
+    with torch.no_grad():
+        ops.attention(qkv)
+    assert asked == [True, False, False]
 
 
 def check_ranges(ranges):
@@ -294,6 +320,15 @@ class TestChoosePy:
         assert entry["attention"]["32-bit"] == {"64": [[None, "sdpa"]]}
         assert entry["kd_loss"] == {"16-bit": [[505, "triton"], [None, "native"]]}
         assert "32" not in entry["attention"]["16-bit"]  # only measured at 577
+
+    def test_without_a_gradient_the_forward_decides(self):
+        both = record(**{"bfloat16 64,6,50,64": times(1, 2, 3), "bfloat16 64,6,257,64": times(3, 1, 2)})
+        for row in both["rows"]:
+            if row["direction"] == "forward":
+                row["median"] = {"vitkd native": 1, "vitkd triton": 2, "sdpa default": 3}.get(row["contender"])
+        (entry,) = choose_py().choose([both], {"gpus": []})["gpus"]
+        assert entry["attention"]["16-bit"]["64"] == [[153, "native"], [257, "triton"], [None, "sdpa"]]
+        assert entry["attention_forward"]["16-bit"]["64"] == [[257, "native"], [None, "sdpa"]]
 
     def test_what_lies_beyond_the_measured_sizes_is_torchs(self):
         (entry,) = choose_py().choose(RECORDS, {"gpus": []})["gpus"]

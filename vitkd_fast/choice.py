@@ -79,11 +79,15 @@ def _model(device: torch.device) -> tuple[str, list[int]] | None:
 
 
 @cache
-def _attention(device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
+def _attention(
+    device: torch.device, dtype: torch.dtype, gradient: bool
+) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
     if WISH:
         return ((None, _wished()),)
     kind = dtype_class(dtype)
     measured = entry(device).get("attention", {}).get(kind, {})
+    if not gradient:
+        measured = measured | entry(device).get("attention_forward", {}).get(kind, {})
     widths: dict[int | None, tuple[Range, ...]]
     widths = {int(width): _measured(ranges, "tokens") for width, ranges in measured.items()}
     _, capability = _model(device) or (None, None)
@@ -104,9 +108,14 @@ def _default(tokens: int) -> tuple[Range, ...]:
 
 
 @_constant
-def attention(device: torch.device, dtype: torch.dtype) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
-    """For each head_dim that was measured, and at last for any other (None), who takes how many tokens."""
-    return _attention(device, dtype)
+def attention(
+    device: torch.device, dtype: torch.dtype, gradient: bool = True
+) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
+    """For each head_dim that was measured, and at last for any other (None), who takes how many tokens.
+
+    gradient: as forward and backward together were measured; else as the forward alone was, where it was.
+    """
+    return _attention(device, dtype, gradient)
 
 
 @cache

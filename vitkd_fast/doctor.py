@@ -67,12 +67,17 @@ def _choice(device: torch.device) -> dict[str, str]:
     rows = {}
     for dtype in (torch.bfloat16, torch.float32):
         kind = choice.dtype_class(dtype)
-        widths = choice.attention(device, dtype)
-        for width, ranges in widths:
-            which = f"head_dim {width}" if width else "any other head_dim" if len(widths) > 1 else "any head_dim"
-            rows[f"attention, {kind}, {which}"] = _ranges(ranges)
+        for what, widths in _attentions(device, dtype).items():
+            for width, ranges in widths:
+                which = f"head_dim {width}" if width else "any other head_dim" if len(widths) > 1 else "any head_dim"
+                rows[f"{what}, {kind}, {which}"] = _ranges(ranges)
         rows[f"kd_loss, {kind}"] = _ranges(choice.kd_loss(device, dtype))
     return rows
+
+
+def _attentions(device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
+    training, inference = (choice.attention(device, dtype, gradient) for gradient in (True, False))
+    return {"attention": training} | ({} if inference == training else {"attention without gradient": inference})
 
 
 def _ranges(ranges: tuple[choice.Range, ...]) -> str:

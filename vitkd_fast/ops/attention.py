@@ -111,7 +111,8 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     _check(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     dtype = autocast_dtype(qkv)
-    name, _ = choose(qkv.device, dtype, qkv.shape[-1], qkv.shape[1])
+    gradient = qkv.requires_grad and torch.is_grad_enabled()
+    name, _ = choose(qkv.device, dtype, qkv.shape[-1], qkv.shape[1], gradient)
     if name == "sdpa":
         query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
@@ -123,14 +124,16 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     ops = torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
     if not is_plain(qkv):
         return ops.attention(qkv, scale, bfloat16)
-    if qkv.requires_grad and torch.is_grad_enabled():
+    if gradient:
         return _Attention.apply(qkv, ops, scale, bfloat16)
     with Below():
         return ops.attention(qkv, scale, bfloat16)
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[choice.Name, str]:
-    """Who computes attention of this kind, "native" standing for what the dispatcher has, and why."""
+def choose(
+    device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, gradient: bool = True
+) -> tuple[choice.Name, str]:
+    """Who computes attention of this kind, with a gradient or without, and why; "native": what the dispatcher has."""
     if head_dim > MAX_HEAD_DIM:
         return "sdpa", f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
     if tokens == 1:
@@ -139,7 +142,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int)
         return "native", "the dispatcher has one implementation for this device"
     if dtype is torch.float64:
         return "sdpa", "the CUDA kernels have no float64"
-    for width, ranges in choice.attention(device, dtype):
+    for width, ranges in choice.attention(device, dtype, gradient):
         if width is None or head_dim == width:
             for most, name, reason in ranges:
                 if most is None or tokens <= most:
