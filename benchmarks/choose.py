@@ -6,9 +6,9 @@ Records of attention.py, sweep.py and kd_loss.py with --device cuda; of kd_loss.
 training it waits for the host, whose time graphs leave out. For each GPU, dtype (16 or 32 bits) and head_dim
 the measured sizes are sorted; the fastest of "native", "triton" and, for attention, "sdpa" (what torch takes by itself)
 wins each by its median of forward with backward, and attention without a gradient by that of the forward; neighbours
-that differ are parted midway. Beyond the largest measured size nothing is known: a kernel of ours that won there keeps what the default gives it, torch takes the rest;
-and of a head_dim measured only beyond the default's bound nothing is written. GPUs of which no record is given keep
-their entry. The same records in any order give the same file.
+that differ are parted midway. Beyond the largest measured size nothing is known: a kernel of ours that won there keeps
+what the default gives it, torch takes the rest; and of a head_dim measured only beyond the default's bound nothing is
+written. GPUs of which no record is given keep their entry. The same records in any order give the same file.
 """
 
 import argparse
