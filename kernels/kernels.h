@@ -50,9 +50,9 @@ struct KDLoss {
   const void* teacher;
   int64_t teacher_stride;
   void* loss;          // (rows,), float; double when dtype is float64
-  void* mean;          // of the losses, one float, or null; on a GPU alone, of at most kMeanRows
   void* student_grad;  // weight * d loss[row] / d student, (rows, classes) contiguous in dtype, or null when not wanted
   void* teacher_grad;
+  void* mean;  // of the losses, one float, or null; on a GPU alone, of at most kMeanRows
 };
 
 // out = x Φ(x), or grad times its derivative at x; on the CPU alone.
