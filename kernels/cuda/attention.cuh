@@ -20,11 +20,11 @@ inline bool fits_vectors(size_t element_bytes, const AttentionBackward& p) {
 }
 
 // A kernel whose blocks go through the heads: as many blocks as the GPU runs at once, and no more than heads.
-template <class Problem, class... Parameters>
-const char* launch_at_once(void (*kernel)(Parameters...), int block, size_t shared_bytes, void* stream, const Problem& p,
-                           float scale_log2) {
-  const int64_t heads = p.batch * p.heads, at_once = resident_blocks(kernel, block, shared_bytes);
-  return launch(kernel, heads < at_once ? heads : at_once, block, shared_bytes, stream, p, scale_log2);
+template <class... Parameters, class... Arguments>
+const char* launch_at_once(void (*kernel)(Parameters...), int64_t heads, int block, size_t shared_bytes, void* stream,
+                           const Arguments&... arguments) {
+  const int64_t at_once = resident_blocks(kernel, block, shared_bytes);
+  return launch(kernel, heads < at_once ? heads : at_once, block, shared_bytes, stream, arguments...);
 }
 
 // Whole heads in shared memory (attention_head.cu): 16-bit elements, head_dim 32 and 64, few tokens, aligned rows.

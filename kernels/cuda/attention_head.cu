@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
   __syncthreads();
   if (!present) return;
 
-  T* const data = static_cast<T*>(p.out) + (owner.batch * p.tokens * p.heads + owner.head) * D;
+  const HeadRows<T> to = out_rows<T, D>(p, owner);
 #pragma unroll 1
   for (int i = 0; i < S::kStrips; ++i) {
     const int first = (warp + i * S::kWarps) * 16;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(ForwardShape<D, kTiles>::kThreads, 2)
       add_part<T, D, kBelow, S::kPart, kTiles - S::kPart>(out, shift, sum, strip, keys, values, tokens, scale_log2);
     }
     const float inverse[2] = {reciprocal(quad_sum(sum[0])), reciprocal(quad_sum(sum[1]))};
-    store_strip<T, D>(HeadRows<T>{data, static_cast<int>(p.heads) * D}, first, tokens, out, inverse);
+    store_strip<T, D>(to, first, tokens, out, inverse);
   }
 }
 
@@ -313,7 +313,7 @@ bool queue(const AttentionBackward& p, float scale_log2, void* stream, const cha
   using S = BackwardShape<D, kTiles>;
   if (S::kBytes > static_cast<size_t>(max_shared_bytes())) return false;
   const auto kernel = attention_head_backward_kernel<T, D, kBelow, kTiles>;
-  error = launch_at_once(kernel, S::kThreads, S::kBytes, stream, p, scale_log2);
+  error = launch_at_once(kernel, p.batch * p.heads, S::kThreads, S::kBytes, stream, p, scale_log2);
   return true;
 }
 

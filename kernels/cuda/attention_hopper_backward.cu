@@ -205,7 +205,7 @@ struct HopperBackwardQueue {
     else {
       using S = HopperBackwardShape<D, kTiles>;
       const auto kernel = attention_hopper_backward_kernel<T, D, kBelow, kTiles>;
-      error = launch_at_once(kernel, S::kThreads, S::kBytes, stream, p, scale_log2);
+      error = launch_at_once(kernel, p.batch * p.heads, S::kThreads, S::kBytes, stream, p, scale_log2);
       return true;
     }
   }

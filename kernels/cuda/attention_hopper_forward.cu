@@ -39,12 +39,9 @@ struct HopperForward {
     constexpr int kCount = S::part(kFirst);
     auto& c = flat<8 * kCount>(scores);
     const auto b = keys.further(kFirst * 16 * D);
-    pin(c);
-    warpgroup_begin();
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k)
+    start_products<D / 16>(c, [&](int k) {
       WarpgroupProduct<T, kCount>::template run<false, false>(c, queries.further(k * 16), b.further(k * 16), k > 0);
-    warpgroup_commit();
+    });
   }
 
   template <int kFirst>
@@ -59,12 +56,9 @@ struct HopperForward {
   __device__ __forceinline__ void start_output(const uint32_t (&weights)[S::part(kFirst)][4]) {
     auto& c = flat<D / 2>(out);
     const auto b = values.further(kFirst * 16 * D);
-    pin(c);
-    warpgroup_begin();
-#pragma unroll
-    for (int tile = 0; tile < S::part(kFirst); ++tile)
+    start_products<S::part(kFirst)>(c, [&](int tile) {
       WarpgroupProduct<T, D / 16>::template run<true>(c, weights[tile], b.further(tile * 16 * D), kFirst + tile > 0);
-    warpgroup_commit();
+    });
   }
 
   // The scores of the keys from kFirst tiles on are there.
@@ -104,12 +98,6 @@ struct HopperForward {
     store_strip<T, D>(to, first, tokens, out, inverse);
   }
 };
-
-template <class T, int D>
-__device__ __forceinline__ HeadRows<T> out_rows(const Attention& p, const Owner& owner) {
-  T* const data = static_cast<T*>(p.out) + (owner.batch * p.tokens * p.heads + owner.head) * D;
-  return {data, static_cast<int>(p.heads) * D};
-}
 
 template <int D, int kTiles>
 struct HopperShortShape {
@@ -247,8 +235,7 @@ struct HopperForwardQueue {
       const auto kernel = attention_hopper_forward_kernel<T, D, kBelow, kTiles>;
       RowsMap map;
       if (!make_rows_map(map, p, S::kBoxRows)) return false;
-      const int64_t at_once = resident_blocks(kernel, S::kThreads, S::kBytes);
-      error = launch(kernel, heads < at_once ? heads : at_once, S::kThreads, S::kBytes, stream, map, p, scale_log2);
+      error = launch_at_once(kernel, heads, S::kThreads, S::kBytes, stream, map, p, scale_log2);
     }
     return true;
   }

@@ -61,6 +61,12 @@ __device__ HeadRows<const T> grad_out_rows(const AttentionBackward& p, const Own
 }
 
 template <class T, int D>
+__device__ HeadRows<T> out_rows(const Attention& p, const Owner& owner) {
+  T* data = static_cast<T*>(p.out) + (owner.batch * p.tokens * p.heads + owner.head) * D;
+  return {data, static_cast<int>(p.heads) * D};
+}
+
+template <class T, int D>
 __device__ HeadRows<T> grad_rows(const AttentionBackward& p, Part part, const Owner& owner) {
   const int width = static_cast<int>(p.heads) * D;
   T* data = static_cast<T*>(p.grad_qkv) + (owner.batch * p.tokens * 3 + part) * width + owner.head * D;

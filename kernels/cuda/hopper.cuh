@@ -18,14 +18,18 @@ __device__ __forceinline__ Name<D> name_of(const T* matrix) {
   return Name<D>::of(shared_address(matrix));
 }
 
-// c = the sum of the products that `issue(k)` starts for each k below kCount, waited for.
+// c = the sum of the products that `issue(k)` starts for each k below kCount, once it is waited for and pinned.
 template <int kCount, int kRegisters, class Issue>
-__device__ __forceinline__ void sum_products(float (&c)[kRegisters], Issue issue) {
+__device__ __forceinline__ void start_products(float (&c)[kRegisters], Issue issue) {
   pin(c);
   warpgroup_begin();
 #pragma unroll
   for (int k = 0; k < kCount; ++k) issue(k);
   warpgroup_commit();
+}
+template <int kCount, int kRegisters, class Issue>
+__device__ __forceinline__ void sum_products(float (&c)[kRegisters], Issue issue) {
+  start_products<kCount>(c, issue);
   warpgroup_wait<0>();
   pin(c);
 }
