@@ -29,6 +29,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     BFLOAT16 |= {"avx512_bf16": avx512_bf16, "amx": f"{avx512_bf16} -mamx-tile -mamx-bf16"}
     EMULATED |= {"avx512": ("avx512",), "avx512_bf16": ("avx512", "bf16"), "amx": ("avx512", "bf16", "amx")}
 ONCE = ("dispatch.cpp", "isa.cpp")
+CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
+    " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+)
 
 # Ampere, Ada (which runs code for 8.6), Hopper, Blackwell; PTX for what comes after.
 CUDA_ARCHITECTURES = "8.0 8.6 9.0 10.0 12.0+PTX"
@@ -172,11 +176,8 @@ def build(targets: dict[str, Path], found: dict[str, Library], folder: Path, ver
     folder.mkdir(parents=True, exist_ok=True)
     cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc() or "nvcc"
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    common = (
-        "-O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-    )
     lines = [
-        f"rule cxx\n  command = {cxx} -std=c++20 {common} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
+        f"rule cxx\n  command = {cxx} {CXX_FLAGS} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
         f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 --threads {jobs} -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d $flags"
         " -c $in -o $out\n  depfile = $out.d",
         "rule link\n  command = $link -o $out $in $flags",

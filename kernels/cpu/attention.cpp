@@ -17,13 +17,15 @@ constexpr int64_t kStripLanes = 64;  // queries of one strip: at 197 keys their 
 template <class In>
 constexpr bool kCoarse = std::is_same_v<In, Pair>;
 
-// Strips as even as whole vectors allow: 197 queries are 13 vectors of 16, in strips of 4, 3, 3 and 3.
+// Strips as even as whole vectors allow: 197 queries are 13 vectors of 16, in strips of 4, 3, 3 and 3; or, on tiles, in
+// which 32 queries are summed over at a time, of 4, 4, 4 and 1.
 template <class In, class Body>
 void for_each_strip(int64_t tokens, Body body) {
-  constexpr int64_t most = kStripLanes / kStripStep<In>;
+  constexpr int64_t most = kStripLanes / kStripStep<In>, together = kTileOf<In> * kSteps<In> / kStripStep<In>;
   int64_t units = round_up(tokens, kStripStep<In>) / kStripStep<In>;
   for (int64_t first = 0; first < tokens;) {
-    const int64_t strips = (units + most - 1) / most, width = (units + strips - 1) / strips;
+    const int64_t strips = (units + most - 1) / most, even = (units + strips - 1) / strips;
+    const int64_t width = together > 1 && even < units ? round_up(even, together) : even;
     const int64_t columns = width * kStripStep<In>;
     body(first, tokens - first < columns ? tokens - first : columns, columns);
     first += columns;
@@ -97,7 +99,7 @@ Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* we
 // Operands that hold a strip's weights P and their gradient dS = P (dP - sum(P dP)).
 template <class In>
 struct Softened {
-  In *weights_rows, *grad_rows;  // (tokens, columns / steps): for sums over queries
+  In *weights_rows, *grad_rows;  // (tokens, tile_depth(columns)): for sums over queries
   In* grad_down;                 // (tokens / steps, columns): for sums over keys
 };
 
@@ -106,6 +108,7 @@ template <class In, class T>
 void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, T scale,
                       const Softened<In>& out) {
   const Vec<T> peak = column_max(scores, tokens, columns) * factor;
+  const int64_t row = tile_depth<In>(columns);
   Vec<T> sums[4], dots[4];
   VITKD_UNROLL
   for (int i = 0; i < 4; ++i) sums[i] = dots[i] = Vec<T>{};
@@ -133,15 +136,14 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
     if constexpr (kSteps<In> == 1) {
       VITKD_UNROLL
       for (int i = 0; i < rows; ++i) {
-        store(out.weights_rows + (n + i) * columns, p[i]);
-        store(out.grad_rows + (n + i) * columns, ds[i]);
+        store(out.weights_rows + (n + i) * row, p[i]);
+        store(out.grad_rows + (n + i) * row, ds[i]);
       }
     } else {
       VITKD_UNROLL
       for (int i = 0; i < rows; ++i) {
-        const int64_t at = (n + i) * columns / 2;
-        store_narrow(reinterpret_cast<bf16*>(out.weights_rows + at), p[i]);
-        store_narrow(reinterpret_cast<bf16*>(out.grad_rows + at), ds[i]);
+        store_narrow(reinterpret_cast<bf16*>(out.weights_rows + (n + i) * row), p[i]);
+        store_narrow(reinterpret_cast<bf16*>(out.grad_rows + (n + i) * row), ds[i]);
       }
       VITKD_UNROLL
       for (int i = 0; i < rows; i += 2) {
@@ -273,7 +275,8 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   const Result<S, In> grad_value(grad_qkv + 2 * channels, out_stride, head_dim, grad_value_room, tokens, true);
   Softened<In> softened = {reinterpret_cast<In*>(scores), reinterpret_cast<In*>(grads), reinterpret_cast<In*>(grads)};
   if (pairs) {
-    softened = {memory.take<In>(padded_tokens * strip / 2), memory.take<In>(padded_tokens * strip / 2),
+    const int64_t row = tile_depth<In>(strip);
+    softened = {memory.take<In>(padded_tokens * row), memory.take<In>(padded_tokens * row),
                 memory.take<In>(tile_depth<In>(tokens) * strip)};
   }
 
@@ -297,8 +300,11 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
       softmax_backward<In>(scores + n, grads + n, tokens, columns, factor, grad_scale,
                            {softened.weights_rows + m, softened.grad_rows + m, softened.grad_down + n});
     }
+    const int64_t row_steps = steps<In>(rows), a_row = tile_depth<In>(columns);
     if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), columns);
-    const int64_t row_steps = steps<In>(rows), a_row = columns / kSteps<In>;
+    for (In* matrix : {softened.weights_rows, softened.grad_rows}) {
+      if (steps<In>(columns) < a_row) clear_end(matrix, tokens, steps<In>(columns), a_row);
+    }
     const bool later = first > 0;
     const Result<S, In> grad_query(grad_qkv + first * out_stride, out_stride, head_dim, query_strip, rows, false);
     gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, columns, key_down.rows, key_down.stride,

@@ -19,19 +19,17 @@ constexpr int64_t steps(int64_t n) {
 }
 
 // Whole tiles of the product's engine: memory for so many rows and, filled up with zeros, so deep. A strip of queries,
-// which is columns of one product and depth of the next, is a whole number of `kStripStep` of them.
+// which is columns of one product and depth of the next, is a whole number of vectors.
 #if defined(VITKD_AMX)
 template <class In>
 constexpr int64_t kTileOf = std::is_same_v<In, Pair> ? kTile : 1;
-template <class In>
-constexpr int64_t kStripStep = std::is_same_v<In, Pair> ? 2 * kTile : kLanes<SumOf<In>>;
 #else
 struct Tiles {};
 template <class In>
 constexpr int64_t kTileOf = 1;
+#endif
 template <class In>
 constexpr int64_t kStripStep = kLanes<SumOf<In>>;
-#endif
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -48,6 +46,12 @@ int64_t tile_depth(int64_t terms) {
 template <class In>
 void clear(In* rows, int64_t first, int64_t last, int64_t width) {
   if (first < last) __builtin_memset(static_cast<void*>(rows + first * width), 0, (last - first) * width * sizeof(In));
+}
+
+// What comes after the first `filled` elements of each row.
+template <class In>
+void clear_end(In* matrix, int64_t rows, int64_t filled, int64_t row) {
+  for (int64_t i = 0; i < rows; ++i) clear(matrix + i * row, filled, row, 1);
 }
 
 #if defined(__AVX512BF16__)
