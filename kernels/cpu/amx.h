@@ -97,7 +97,7 @@ inline void gemm<Pair>(Gemm<Pair> g) {
         const bool two_columns = g.columns - column > kTile;
         const Pair* b = g.b + first * g.b_row + column;
         float* c = g.c + row * g.c_row + column;
-        g.ahead->some();
+        g.ahead->some((two_rows ? 2 : 1) * (two_columns ? 2 : 1) * kTile * kTile * depth * kSteps<Pair>);
         auto* block = two_rows ? (two_columns ? amx_block<2, 2> : amx_block<2, 1>)
                                : (two_columns ? amx_block<1, 2> : amx_block<1, 1>);
         block(a, a_row, b, g.b_row, c, g.c_row, depth, accumulate);

@@ -173,19 +173,15 @@ const O* grad_of(const AttentionBackward& args, int64_t index) {
 }
 
 template <class S, class O, class Args>
-Ahead next_head(const Args& args, int64_t index) {
-  Ahead ahead;
-  if (index + 1 >= args.batch * args.heads) return ahead;
-  constexpr int64_t size = sizeof(S), grad_size = sizeof(O);
+void add_next_head(Ahead& ahead, const Args& args, int64_t index) {
+  if (index + 1 >= args.batch * args.heads) return;
   for (int64_t i = 0; i < 3; ++i) {
     const S* rows = head_of<S>(args, index + 1) + i * args.qkv_stride[2];
-    ahead.add(rows, args.qkv_stride[1] * size, args.tokens, args.head_dim * size);
+    ahead.add(rows, args.qkv_stride[1], args.tokens, args.head_dim);
   }
   if constexpr (std::is_same_v<Args, AttentionBackward>) {
-    const O* rows = grad_of<O>(args, index + 1);
-    ahead.add(rows, args.grad_out_stride[1] * grad_size, args.tokens, args.head_dim * grad_size);
+    ahead.add(grad_of<O>(args, index + 1), args.grad_out_stride[1], args.tokens, args.head_dim);
   }
-  return ahead;
 }
 
 // Queries of one head may be shared among tasks where there are few heads; each packs the keys for itself.
@@ -209,7 +205,9 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
   const int64_t out_stride = args.heads * head_dim;
   O* out = static_cast<O*>(args.out) + b * tokens * out_stride + h * head_dim;
 
-  Ahead ahead = next_head<S, O>(args, index);
+  Ahead ahead(2 * tokens * tokens * head_dim);
+  ahead.add(out, out_stride, tokens, head_dim);
+  add_next_head<S, O>(ahead, args, index);
   memory.rewind();
   In* key_room = memory.take<In>(tile_rows<In>(tokens) * key_width);
   In* value_room = memory.take<In>(tile_depth<In>(tokens) * width);
@@ -254,7 +252,9 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
   const int64_t channels = args.heads * head_dim, out_stride = 3 * channels;
   S* grad_qkv = static_cast<S*>(args.grad_qkv) + b * tokens * out_stride + h * head_dim;
 
-  Ahead ahead = next_head<S, O>(args, index);
+  Ahead ahead(5 * tokens * tokens * head_dim);
+  for (int64_t i = 0; i < 3; ++i) ahead.add(grad_qkv + i * channels, out_stride, tokens, head_dim);
+  add_next_head<S, O>(ahead, args, index);
   memory.rewind();
   In* value_room = memory.take<In>(padded_tokens * key_width);
   In* key_room = memory.take<In>(tile_depth<In>(tokens) * width);

@@ -42,18 +42,25 @@ inline void multiply_add(Vec<SumOf<In>>& sum, In a, Vec<SumOf<In>> b) {
   }
 }
 
-// What the next head will read, asked for while this one computes: its rows lie so far apart that no hardware
-// prefetcher follows them.
+// What this head will write and the next one read, asked for while this one computes: rows that lie so far apart that no
+// hardware prefetcher follows them. They are asked for evenly, as the products go on: in a burst, those that a core has no
+// buffers left to wait for would hold up what the products load.
 class Ahead {
  public:
-  // Rows `stride` bytes apart.
-  void add(const void* rows, int64_t stride, int64_t count, int64_t bytes) {
-    if (count_ < kMatrices) matrices_[count_++] = {static_cast<const char*>(rows), stride, count, bytes};
+  // `work` multiply-adds, at least, will be done meanwhile.
+  explicit Ahead(int64_t work) : work_(static_cast<float>(work)) {}
+
+  // Rows of `width` elements, `stride` apart.
+  template <class S>
+  void add(const S* rows, int64_t stride, int64_t count, int64_t width) {
+    constexpr int64_t size = sizeof(S);
+    matrices_[count_++] = {reinterpret_cast<const char*>(rows), stride * size, count, width * size};
+    rows_ += static_cast<float>(count);
   }
 
-  // A few rows more; called once per tile.
-  void some() {
-    for (int row = 0; row < kRowsPerTile && next_ < count_; ++row) {
+  // The share of so much work; called once per tile.
+  void some(int64_t work) {
+    for (due_ += rows_ / work_ * static_cast<float>(work); due_ >= 1 && next_ < count_; due_ -= 1) {
       Matrix& m = matrices_[next_];
       for (int64_t at = 0; at < m.bytes; at += 64) __builtin_prefetch(m.rows + at, 0, 3);
       m.rows += m.stride;
@@ -66,9 +73,10 @@ class Ahead {
     const char* rows;
     int64_t stride, count, bytes;
   };
-  static constexpr int kMatrices = 4, kRowsPerTile = 8;
+  static constexpr int kMatrices = 7;  // backward: three gradients; query, key, value and the output's gradient
   Matrix matrices_[kMatrices];
   int count_ = 0, next_ = 0;
+  float rows_ = 0, work_, due_ = 0;
 };
 
 template <class In>
@@ -155,7 +163,7 @@ void gemm_panel(const Gemm<In>& g, int64_t column, int vectors) {
   constexpr int R = kRows[V];
   int64_t row = 0;
   for (; row + R <= g.rows; row += R) {
-    g.ahead->some();
+    g.ahead->some(R * V * kLanes<SumOf<In>> * g.depth * kSteps<In>);
     gemm_tile<In, R, V>(g, row, column);
   }
   if (row < g.rows) gemm_rest<In, R - 1, V>(g, row, column);

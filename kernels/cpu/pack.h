@@ -193,7 +193,7 @@ inline bool stay_near(int64_t rows, int64_t stride) { return spread(rows, stride
 
 // ... in the first, for what every tile does, with pages that leave the first TLB's 64 entries some room.
 inline bool stay_close(int64_t rows, int64_t stride) {
-  return rows * stride <= 160 << 10 && spread(rows, stride, 4 << 10, 4);
+  return rows * stride <= 160 << 10 && spread(rows, stride, 4 << 10, 5);
 }
 
 // For the side of a product that is read element by element.
