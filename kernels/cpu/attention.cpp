@@ -13,15 +13,19 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kFewHeads = 16;
 constexpr int64_t kStripLanes = 64;  // queries of one strip: at 197 keys their scores take 50 KB
+constexpr int64_t kWholeLanes = 80;  // a head of no more is one strip: two would take a second pass over dK and dV
 
 template <class In>
 constexpr bool kCoarse = std::is_same_v<In, Pair>;
+
+constexpr int64_t strip_lanes(int64_t tokens) { return tokens <= kWholeLanes ? kWholeLanes : kStripLanes; }
 
 // Strips as even as whole vectors allow: 197 queries are 13 vectors of 16, in strips of 4, 3, 3 and 3; or, on tiles, in
 // which 32 queries are summed over at a time, of 4, 4, 4 and 1.
 template <class In, class Body>
 void for_each_strip(int64_t tokens, Body body) {
-  constexpr int64_t most = kStripLanes / kStripStep<In>, together = kTileOf<In> * kSteps<In> / kStripStep<In>;
+  constexpr int64_t together = kTileOf<In> * kSteps<In> / kStripStep<In>;
+  const int64_t most = strip_lanes(tokens) / kStripStep<In>;
   int64_t units = round_up(tokens, kStripStep<In>) / kStripStep<In>;
   for (int64_t first = 0; first < tokens;) {
     const int64_t strips = (units + most - 1) / most, even = (units + strips - 1) / strips;
@@ -35,8 +39,8 @@ void for_each_strip(int64_t tokens, Body body) {
 
 template <class In>
 int64_t widest_strip(int64_t tokens) {
-  const int64_t padded = round_up(tokens, kStripStep<In>);
-  return padded < kStripLanes ? padded : kStripLanes;
+  const int64_t padded = round_up(tokens, kStripStep<In>), most = strip_lanes(tokens);
+  return padded < most ? padded : most;
 }
 
 // body(row, constant) for all rows, as many at a time as the constant says: four independent sums hide the latency of
@@ -224,7 +228,7 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
     pack_across(query + first * row_stride, row_stride, rows, head_dim, scale, query_across, columns);
     gemm<In>({tokens, columns, depth, key_rows.rows, key_rows.stride, 1, query_across, columns, scores, columns, false,
               &ahead});
-    T inverse[kStripLanes];
+    T inverse[kWholeLanes];
     for (int64_t n = 0; n < columns; n += kLanes<T>) {
       store(inverse + n, T(1) / exponentials(scores + n, tokens, columns, factor, weights + n));
     }
