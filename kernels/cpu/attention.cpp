@@ -210,7 +210,6 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
   O* out = static_cast<O*>(args.out) + b * tokens * out_stride + h * head_dim;
 
   Ahead ahead(2 * tokens * tokens * head_dim);
-  ahead.add(out, out_stride, tokens, head_dim);
   add_next_head<S, O>(ahead, args, index);
   memory.rewind();
   In* key_room = memory.take<In>(tile_rows<In>(tokens) * key_width);
