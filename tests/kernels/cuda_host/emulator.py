@@ -97,7 +97,7 @@ class Emulator:
                 [self._executable], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         # What lies before the tensor in its storage goes along: it decides the alignment.
-        storages = [bytes(tensor.untyped_storage()) for tensor in inputs]
+        storages = [torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy() for tensor in inputs]
         buffers = []
         for tensor, storage in zip(inputs, storages, strict=True):
             buffers += [len(storage), tensor.storage_offset() * tensor.element_size()]
@@ -110,7 +110,7 @@ class Emulator:
         try:
             self._process.stdin.write(" ".join(map(repr, request)).replace("'", "").encode() + b"\n")
             for storage in storages:
-                self._process.stdin.write(storage)
+                self._process.stdin.write(storage.data)
             self._process.stdin.flush()
             answer = self._process.stdout.readline().decode().strip()
             if not answer:

@@ -4,9 +4,10 @@
 // asynchronous copy lands at once or as late as allowed, is the schedule's choice: a missing barrier changes results.
 #pragma once
 
-#include <setjmp.h>
 #include <sys/mman.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <cstdint>
 #include <cstdio>
@@ -44,9 +45,11 @@ constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 
 struct Context {
-  ucontext_t entry;
-  jmp_buf resume;
-  bool started = false;
+#if defined(__x86_64__)
+  void* top = nullptr;  // of its stack, while it does not run
+#else
+  ucontext_t registers;
+#endif
   const void* stack = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
@@ -121,15 +124,59 @@ inline int choose() {
   return -1;
 }
 
+#if defined(__x86_64__)
+// Saves what a function must keep and continues the other context where it did so: swapcontext without its two system
+// calls, and longjmp without what AddressSanitizer does before anything that does not return.
+extern "C" void simt_switch(void** from, void* to);
+asm(R"(
+  .text
+  .weak simt_switch
+  .type simt_switch, @function
+simt_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+#endif
+
+// Makes a context that begins with `main`, which never returns.
+inline void prepare(Context& context, void* stack, size_t bytes, void (*main)()) {
+  context.stack = stack;
+  context.stack_bytes = bytes;
+#if defined(__x86_64__)
+  void** top = static_cast<void**>(stack) + bytes / sizeof(void*);
+  *--top = nullptr;  // where main would return to; its stack is aligned as after a call
+  *--top = reinterpret_cast<void*>(main);
+  context.top = top - 6;
+#else
+  getcontext(&context.registers);
+  context.registers.uc_stack.ss_sp = stack;
+  context.registers.uc_stack.ss_size = bytes;
+  makecontext(&context.registers, main, 0);
+#endif
+}
+
 inline void jump(Context& from, Context& to, [[maybe_unused]] bool leaving = false) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(leaving ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 #endif
-  if (_setjmp(from.resume) == 0) {
-    if (to.started) _longjmp(to.resume, 1);
-    to.started = true;
-    setcontext(&to.entry);
-  }
+#if defined(__x86_64__)
+  simt_switch(&from.top, to.top);
+#else
+  swapcontext(&from.registers, &to.registers);
+#endif
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
@@ -225,13 +272,8 @@ inline void run_block(int threads, size_t shared_bytes, const std::function<void
   block.shared = static_cast<unsigned char*>(shared);
   std::memset(block.shared, 0xff, shared_bytes);
   for (int i = 0; i < threads; ++i) {
-    Context& context = block.threads[i].context;
-    getcontext(&context.entry);
-    context.stack = context.entry.uc_stack.ss_sp = static_cast<char*>(stacks[i]) + 4096;
-    context.stack_bytes = context.entry.uc_stack.ss_size = kStackBytes - 4096;
-    makecontext(&context.entry, thread_main, 0);
+    prepare(block.threads[i].context, static_cast<char*>(stacks[i]) + 4096, kStackBytes - 4096, thread_main);
   }
-  block.scheduler.started = true;
   resume_next(block.scheduler);
   std::free(block.shared);
 }
