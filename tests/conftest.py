@@ -1,4 +1,4 @@
-"""What all tests share: one thread per worker, GPU skips, hypothesis profiles, poisoned memory."""
+"""What all tests share: their order, one thread per worker, GPU skips, hypothesis profiles, poisoned memory."""
 
 import ctypes
 import os
@@ -19,7 +19,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 M_PERTURB = -6  # mallopt's number for it, from malloc.h
 
 
+def pytest_configure(config):
+    # xdist would start the files with the fewest tests last, and those have the longest.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # what is slow starts first
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -16,6 +16,7 @@ import torch
 import vitkd_fast
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 SMOKE = """
 import torch, vitkd_fast

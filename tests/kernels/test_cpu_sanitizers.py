@@ -10,6 +10,7 @@ import pytest
 from native import BFLOAT16, INSTRUCTION_SETS, cpu_kernels
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 FLAGS = "-std=c++20 -O1 -g -Wno-psabi -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all".split()
 
