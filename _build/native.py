@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,6 +123,20 @@ def cpu_kernels(root: Path, emulated: bool = False) -> list[tuple[Path, str]]:
             if name in INSTRUCTION_SETS or path.name == "attention.cpp":
                 found.append((path, f"-DVITKD_ISA={name} {flags}"))
     return found
+
+
+def compile_program(target: Path, sources: Sequence[tuple[Path, str]], common: str, link: str = "") -> Path:
+    """An executable of C++ sources, each with its flags; what it is made from lies beside it."""
+    cxx = os.environ.get("CXX", "c++").split()
+    objects = [f"{target}.{number}.o" for number in range(len(sources))]
+    commands = [
+        [*cxx, *common.split(), *flags.split(), "-c", str(source), "-o", made]
+        for (source, flags), made in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(subprocess.check_call, commands))
+    subprocess.check_call([*cxx, *common.split(), *link.split(), *objects, "-o", str(target)])
+    return target
 
 
 def find_nvcc() -> str | None:

@@ -25,6 +25,7 @@ from _common import (
     relative_error,
     start,
 )
+from _sizes import sizes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkd_fast import backends
@@ -57,7 +58,9 @@ DIRECTIONS = {"forward": (forward_of, 4, 4), "forward+backward": (forward_backwa
 
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--shapes", nargs="+", type=shape, metavar="B,H,N,D", help="by default the floors' and more")
+    options.add_argument(
+        "--shapes", nargs="+", type=sizes(4), metavar="B,H,N,D", help="by default the floors' and more"
+    )
     arguments, measured = start(options)
     rows: list[Row] = []
     for name in dtypes(arguments):
@@ -74,13 +77,6 @@ def tuned_tiles() -> list[dict]:
     from vitkd_fast.triton import _tune
 
     return _tune.measured()
-
-
-def shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(","))
-    if len(sizes) != 4:
-        raise ValueError(text)
-    return sizes
 
 
 def contenders(arguments, size: tuple[int, ...], scale: float) -> list[Contender]:

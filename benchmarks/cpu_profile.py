@@ -15,13 +15,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "_build"))
 
-from native import BFLOAT16, CXX_FLAGS, INSTRUCTION_SETS, cpu_kernels  # noqa: E402
+from _sizes import sizes  # noqa: E402
+from native import BFLOAT16, CXX_FLAGS, INSTRUCTION_SETS, compile_program, cpu_kernels  # noqa: E402
 
 FOLDER = ROOT / "build/cpu_profile"
 SHAPES = [(8, 3, 197, 64), (16, 3, 65, 64), (16, 3, 50, 64), (16, 4, 17, 32)]
@@ -41,7 +41,7 @@ OPERATIONS = {"forward": 4, "backward": 10}  # per token, token and channel
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split(","))), default=SHAPES)
+    options.add_argument("--shapes", nargs="+", type=sizes(4), metavar="B,H,N,D", default=SHAPES)
     options.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     options.add_argument("--isa", choices=[*INSTRUCTION_SETS, *BFLOAT16], help="the best of this CPU by default")
     options.add_argument("--seconds", type=float, default=1.0, help="of timing, and of sampling, per row")
@@ -52,21 +52,21 @@ def main() -> int:
     columns = f"{'case':<26}{'direction':<10}{'kernels':<12}{'least µs':>10}{'median':>9}{'GF/s':>6}"
     print(columns + "".join(f"{stage:>10}" for stage in (*STAGES, "other")) + f"{'products GF/s':>15}")
     for dtype in arguments.dtype:
-        for shape in arguments.shapes:
-            command = [program, dtype, *map(str, shape), str(arguments.seconds)]
+        for size in arguments.shapes:
+            command = [program, dtype, *map(str, size), str(arguments.seconds)]
             text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             for block in re.split(r"\n(?=[a-z])", text.strip()):
-                print(line(dtype, shape, block, program))
+                print(line(dtype, size, block, program))
     return 0
 
 
-def line(dtype: str, shape: tuple[int, ...], block: str, program: Path) -> str:
+def line(dtype: str, size: tuple[int, ...], block: str, program: Path) -> str:
     head, *addresses = block.split("\n")
     direction, isa, least, median = head.split()
-    batch, heads, tokens, head_dim = shape
+    batch, heads, tokens, head_dim = size
     operations = OPERATIONS[direction] * batch * heads * tokens**2 * head_dim
     shares = stages(addresses, program)
-    text = f"{dtype} {','.join(map(str, shape)):<17}{direction:<10}{isa:<12}{float(least):>10.0f}{float(median):>9.0f}"
+    text = f"{dtype} {','.join(map(str, size)):<17}{direction:<10}{isa:<12}{float(least):>10.0f}{float(median):>9.0f}"
     text += f"{operations / float(least) / 1e3:>6.0f}"
     text += "".join(f"{shares[stage]:>10.1%}" for stage in (*STAGES, "other"))
     return text + f"{operations / (float(least) * shares['products']) / 1e3:>15.0f}"
@@ -99,16 +99,7 @@ def build() -> Path:
         raise SystemExit(f"There is no C++ compiler {cxx[0]!r}: install g++ or clang++, or name yours in CXX.")
     FOLDER.mkdir(parents=True, exist_ok=True)
     sources = [(ROOT / "benchmarks/cpu_profile.cpp", ""), *cpu_kernels(ROOT)]
-    objects = [str(FOLDER / f"{number}.o") for number in range(len(sources))]
-    commands = [
-        [*cxx, "-g", *CXX_FLAGS.split(), *flags.split(), "-c", str(source), "-o", made]
-        for (source, flags), made in zip(sources, objects, strict=True)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(subprocess.check_call, commands))
-    program = FOLDER / "cpu_profile"
-    subprocess.check_call([*cxx, "-static", *objects, "-o", str(program)])
-    return program
+    return compile_program(FOLDER / "cpu_profile", sources, f"-g {CXX_FLAGS}", link="-static")
 
 
 if __name__ == "__main__":

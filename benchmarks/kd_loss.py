@@ -23,6 +23,7 @@ from _common import (
     relative_error,
     start,
 )
+from _sizes import sizes
 
 from vitkd_fast import backends, choice
 from vitkd_fast.ops import kd_loss
@@ -38,7 +39,7 @@ TEMPERATURE = 4.0
 def main() -> int:
     options = parser(__doc__)
     options.add_argument(
-        "--shapes", nargs="+", type=shape, metavar="ROWS,CLASSES", help="by default the floors' and more"
+        "--shapes", nargs="+", type=sizes(2), metavar="ROWS,CLASSES", help="by default the floors' and more"
     )
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=["kl"])
     arguments, measured = start(options)
@@ -48,13 +49,6 @@ def main() -> int:
             for size in arguments.shapes or SHAPES[arguments.device]:
                 rows += run_case(size, name, kind, measured, arguments)
     return finish("kd_loss", arguments, measured, rows, "of copy")
-
-
-def shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(","))
-    if len(sizes) != 2:
-        raise ValueError(text)
-    return sizes
 
 
 def contenders(arguments, kind: str) -> list[Contender]:

@@ -6,7 +6,8 @@ ncu --clock-control none --set full --nvtx --nvtx-include measured/ python bench
 import argparse
 
 import torch
-from attention import SHAPES, shape
+from _sizes import sizes
+from attention import SHAPES
 
 LOGITS = [(256, 1000), (4096, 1000)]
 
@@ -14,7 +15,7 @@ LOGITS = [(256, 1000), (4096, 1000)]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", nargs="+", type=shape, metavar="B,H,N,D", default=SHAPES["cuda"][:6])
+    parser.add_argument("--shapes", nargs="+", type=sizes(4), metavar="B,H,N,D", default=SHAPES["cuda"][:6])
     arguments = parser.parse_args()
     import vitkd_fast  # noqa: F401  registers the ops
 

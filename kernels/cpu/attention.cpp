@@ -24,13 +24,13 @@ constexpr int64_t strip_lanes(int64_t tokens) { return tokens <= kWholeLanes ? k
 // which 32 queries are summed over at a time, of 4, 4, 4 and 1.
 template <class In, class Body>
 void for_each_strip(int64_t tokens, Body body) {
-  constexpr int64_t together = kTileOf<In> * kSteps<In> / kStripStep<In>;
-  const int64_t most = strip_lanes(tokens) / kStripStep<In>;
-  int64_t units = round_up(tokens, kStripStep<In>) / kStripStep<In>;
+  constexpr int64_t lanes = kLanes<SumOf<In>>, tile = kTileOf<In> * kSteps<In>;
+  constexpr int64_t together = tile > lanes ? tile / lanes : 1;
+  const int64_t most = strip_lanes(tokens) / lanes;
+  int64_t units = pad<SumOf<In>>(tokens) / lanes;
   for (int64_t first = 0; first < tokens;) {
-    const int64_t strips = (units + most - 1) / most, even = (units + strips - 1) / strips;
-    const int64_t width = together > 1 && even < units ? round_up(even, together) : even;
-    const int64_t columns = width * kStripStep<In>;
+    const int64_t strips = (units + most - 1) / most, even = round_up((units + strips - 1) / strips, together);
+    const int64_t width = even < units ? even : units, columns = width * lanes;
     body(first, tokens - first < columns ? tokens - first : columns, columns);
     first += columns;
     units -= width;
@@ -39,7 +39,7 @@ void for_each_strip(int64_t tokens, Body body) {
 
 template <class In>
 int64_t widest_strip(int64_t tokens) {
-  const int64_t padded = round_up(tokens, kStripStep<In>), most = strip_lanes(tokens);
+  const int64_t padded = pad<SumOf<In>>(tokens), most = strip_lanes(tokens);
   return padded < most ? padded : most;
 }
 

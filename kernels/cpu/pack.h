@@ -28,8 +28,6 @@ struct Tiles {};
 template <class In>
 constexpr int64_t kTileOf = 1;
 #endif
-template <class In>
-constexpr int64_t kStripStep = kLanes<SumOf<In>>;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

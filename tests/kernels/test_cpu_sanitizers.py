@@ -3,16 +3,15 @@
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from native import BFLOAT16, INSTRUCTION_SETS, cpu_kernels
+from native import BFLOAT16, INSTRUCTION_SETS, compile_program, cpu_kernels
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
-FLAGS = "-std=c++20 -O1 -g -Wno-psabi -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+FLAGS = "-std=c++20 -O1 -g -Wno-psabi -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +21,8 @@ def program(tmp_path_factory) -> Path:
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("sanitize")
     # Emulated, for sanitizers do not see what masked and tile instructions touch, and few machines have them all.
-    jobs = [(ROOT / "tests/kernels/cpu/sanitize.cpp", ""), *cpu_kernels(ROOT, emulated=True)]
-    objects = [str(folder / f"{number}.o") for number in range(len(jobs))]
-    commands = [
-        [cxx, *FLAGS, *flags.split(), "-c", str(source), "-o", made]
-        for (source, flags), made in zip(jobs, objects, strict=True)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(subprocess.check_call, commands))
-    subprocess.check_call([cxx, *FLAGS, *objects, "-o", str(folder / "sanitize")])
-    return folder / "sanitize"
+    sources = [(ROOT / "tests/kernels/cpu/sanitize.cpp", ""), *cpu_kernels(ROOT, emulated=True)]
+    return compile_program(folder / "sanitize", sources, FLAGS)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS | BFLOAT16)
