@@ -168,19 +168,27 @@ def cuda_architectures(nvcc: str) -> list[str]:
 
 
 def nvcc_codes(architectures: Sequence[str]) -> list[str]:
-    """What nvcc is told about the GPUs that it compiles for."""
-    codes = [code for architecture in architectures for code in gencode(architecture)]
-    hopper = any(digits(architecture) in ("90", "90a") for architecture in architectures)
-    return [*codes, "-DVITKD_SM90A"] if hopper else codes
+    """What nvcc is told about the GPUs that it compiles for.
 
-
-def gencode(architecture: str) -> list[str]:
-    """'9.0' is machine code; '9.0+PTX' adds what later GPUs compile for themselves. Of 9.0 it is the code for just that
-    architecture, which alone has instructions for four warps at once."""
-    n = digits(architecture)
-    only = "90a" if n == "90" else n
-    codes = [f"-gencode=arch=compute_{only},code=sm_{only}"]
-    return [*codes, f"-gencode=arch=compute_{n},code=compute_{n}"] if architecture.endswith("+PTX") else codes
+    '9.0' is machine code; '9.0+PTX' adds what later GPUs compile for themselves. Of 9.0 it is the code for just that
+    architecture, which alone has instructions for four warps at once. The sources know no other difference than before
+    and after it, so the GPUs on either side share the intermediate code of the oldest among them: making that is more
+    than half of nvcc's time.
+    """
+    oldest: dict[object, str] = {}
+    codes = []
+    for architecture in sorted(architectures, key=lambda name: float(name.removesuffix("+PTX").rstrip("af"))):
+        n = digits(architecture)
+        alone = n == "90" or not n.isdigit()  # a letter: only that GPU, or only its family, runs it
+        code = "90a" if n == "90" else n
+        shared = code if alone else oldest.setdefault(int(n) > 90, n)
+        codes.append(f"-gencode=arch=compute_{shared},code=sm_{code}")
+        if architecture.endswith("+PTX"):
+            portable = n if alone else shared
+            codes.append(f"-gencode=arch=compute_{portable},code=compute_{portable}")
+        if n in ("90", "90a"):
+            codes.append("-DVITKD_SM90A")
+    return codes
 
 
 def digits(architecture: str) -> str:

@@ -174,10 +174,23 @@ def test_cuda_is_found_by_its_compiler(monkeypatch, wish, home, expected):
 def test_cuda_architectures_follow_the_list(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     assert native.cuda_architectures("nvcc") == ["8.0", "9.0+PTX"]
-    assert native.gencode("9.0+PTX") == [
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_90,code=compute_90",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        ("9.0+PTX", "90a:sm_90a 90:compute_90"),
+        ("8.6", "86:sm_86"),
+        ("9.0a 10.0a 12.0", "90a:sm_90a 100a:sm_100a 120:sm_120"),
+        (native.CUDA_ARCHITECTURES, "80:sm_80 80:sm_86 90a:sm_90a 100:sm_100 100:sm_120 100:compute_100"),
+        ("12.0+PTX 10.0 8.9 8.0", "80:sm_80 80:sm_89 100:sm_100 100:sm_120 100:compute_100"),
+    ],
+)
+def test_gpus_share_intermediate_code_where_the_sources_are_the_same(architectures, expected):
+    codes = native.nvcc_codes(architectures.split())
+    assert ("-DVITKD_SM90A" in codes) == ("9.0" in architectures)
+    pairs = [code.removeprefix("-gencode=arch=compute_").replace(",code=", ":") for code in codes if "gencode" in code]
+    assert pairs == expected.split()
 
 
 def test_requirements_match_the_torch_that_is_there(monkeypatch, tmp_path):

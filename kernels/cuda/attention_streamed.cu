@@ -1,7 +1,7 @@
-// Self-attention of a packed qkv of any length and its gradient. A warp holds 16 rows of whatever it computes in registers and the
-// other side of each product passes through shared memory in tiles, so no N x N matrix exists anywhere. The backward
-// recomputes the softmax instead of reading saved statistics, and one thread block owns a head: it has no atomics,
-// and two runs agree bit for bit.
+// Self-attention of a packed qkv of any length and its gradient. A warp holds 16 rows of whatever it computes in
+// registers and the other side of each product passes through shared memory in tiles, so no N x N matrix exists
+// anywhere. The backward recomputes the softmax instead of reading saved statistics, and one thread block owns a head:
+// it has no atomics, and two runs agree bit for bit.
 #include "attention.cuh"
 #include "tile.cuh"
 

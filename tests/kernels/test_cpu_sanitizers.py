@@ -11,7 +11,7 @@ from native import BFLOAT16, INSTRUCTION_SETS, compile_program, cpu_kernels
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
-FLAGS = "-std=c++20 -O1 -g -Wno-psabi -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-std=c++20 -O1 -g1 -Wno-psabi -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 @pytest.fixture(scope="module")
