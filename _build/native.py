@@ -17,9 +17,9 @@ from environment import find_torch
 # The Stable ABI of torch 2.10: later versions load what is built here, whichever of them it is built against.
 TORCH_TARGET = "0x020a000000000000"
 
-# Every CPU kernel is compiled once per instruction set, into a namespace of that name; dispatch.cpp chooses. The sets of
-# BFLOAT16 have instructions for bfloat16 products, and compile only what uses them. EMULATED names the parts of a set
-# that tests/kernels/cpu has in plain C++, for a CPU that ends at AVX2.
+# Every CPU kernel is compiled once per instruction set, into a namespace of that name; dispatch.cpp chooses. The sets
+# of BFLOAT16 have instructions for bfloat16 products, and compile only what uses them. EMULATED names the parts of a
+# set that tests/kernels/cpu has in plain C++, for a CPU that ends at AVX2.
 INSTRUCTION_SETS = {"portable": ""}
 BFLOAT16 = {}
 EMULATED: dict[str, tuple[str, ...]] = {}
@@ -202,8 +202,8 @@ def build(targets: dict[str, Path], found: dict[str, Library], folder: Path, ver
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     lines = [
         f"rule cxx\n  command = {cxx} {CXX_FLAGS} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
-        f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 --threads {jobs} -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d $flags"
-        " -c $in -o $out\n  depfile = $out.d",
+        f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 --threads {jobs} -Xcompiler -fPIC,-fvisibility=hidden"
+        " -MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
         "rule link\n  command = $link -o $out $in $flags",
         f"rule stub\n  command = echo 'extern \"C\" void aoti_torch_get_current_cuda_stream() {{}}' |"
         f" {cxx} -xc++ -shared -fPIC -Wl,-soname,libtorch_cuda.so - -o $out",

@@ -1,5 +1,5 @@
-// Times attention, forward and backward, on one thread without torch, and notes where the thread is, many times a second.
-// cpu_profile.py builds and runs it: cpu_profile DTYPE B H N D SECONDS
+// Times attention, forward and backward, on one thread without torch, and notes where the thread is, many times a
+// second. cpu_profile.py builds and runs it: cpu_profile DTYPE B H N D SECONDS
 #include <signal.h>
 #include <time.h>
 #include <ucontext.h>
@@ -58,7 +58,9 @@ void serial(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void*
 template <class Call>
 void profile(const char* name, double seconds, Call call) {
   using Clock = std::chrono::steady_clock;
-  const auto since = [](Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); };
+  const auto since = [](Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  };
   call();
   seen.assign(static_cast<size_t>(2e9 * seconds / kEveryNanoseconds) + 1, nullptr);
   count = 0;
@@ -96,7 +98,8 @@ int main(int, char** words) {
   const int64_t batch = std::atoll(words[2]), heads = std::atoll(words[3]), tokens = std::atoll(words[4]);
   const int64_t head_dim = std::atoll(words[5]), channels = heads * head_dim, row = 3 * channels;
   const double seconds = std::atof(words[6]), scale = 1 / std::sqrt(static_cast<double>(head_dim));
-  const auto qkv = random_tensor(dtype, batch * tokens * row), grad_out = random_tensor(dtype, batch * tokens * channels);
+  const auto qkv = random_tensor(dtype, batch * tokens * row),
+             grad_out = random_tensor(dtype, batch * tokens * channels);
   auto out = grad_out, grad_qkv = qkv;
   const Attention forward{dtype, dtype, batch, tokens, heads, head_dim, scale,
                           qkv.data(), {tokens * row, row, channels, head_dim}, out.data()};

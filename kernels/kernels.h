@@ -7,8 +7,8 @@ namespace vitkd {
 
 enum class DType : int32_t { float32, bfloat16, float16, float64 };
 
-// out = softmax(scale * q k^T) v for every batch entry and head. On the CPU a float32 qkv may go with a bfloat16 out and
-// gradient of it, for which it is rounded, if at all, where it is read.
+// out = softmax(scale * q k^T) v for every batch entry and head. On the CPU a float32 qkv may go with a bfloat16 out
+// and gradient of it, for which it is rounded, if at all, where it is read.
 struct Attention {
   DType dtype;      // of qkv
   DType out_dtype;  // of out

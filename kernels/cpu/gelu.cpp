@@ -11,8 +11,9 @@ struct Normal {
   Vec<float> bell, tail;
 };
 
-// Φ(-t) = e^(-t²/2) R(t), R(t) a polynomial in u = 1 / (1 + p t), as in Abramowitz and Stegun's 7.1.26. The coefficients
-// are a minimax fit on [0, 14]: relative error 1e-7, so that it holds far into the tail, where 1 + erf has lost it all.
+// Φ(-t) = e^(-t²/2) R(t), R(t) a polynomial in u = 1 / (1 + p t), as in Abramowitz and Stegun's 7.1.26. The
+// coefficients are a minimax fit on [0, 14]: relative error 1e-7, so that it holds far into the tail, where 1 + erf has
+// lost it all.
 inline Normal normal(Vec<float> x) {
   const Vec<float> size = maximum<float>(x, -x), u = 1.0f / (size * 0.30384615f + 1.0f);
   const Vec<float> bell = exp2(x * x * -0.72134752f);

@@ -42,9 +42,9 @@ inline void multiply_add(Vec<SumOf<In>>& sum, In a, Vec<SumOf<In>> b) {
   }
 }
 
-// What the next head will read, and what backward writes of this one, asked for while this one computes: rows that lie so
-// far apart that no hardware prefetcher follows them. They are asked for evenly, as the products go on: in a burst, those
-// that a core has no buffers left to wait for would hold up what the products load.
+// What the next head will read, and what backward writes of this one, asked for while this one computes: rows that lie
+// so far apart that no hardware prefetcher follows them. They are asked for evenly, as the products go on: in a burst,
+// those that a core has no buffers left to wait for would hold up what the products load.
 class Ahead {
  public:
   // `work` multiply-adds, at least, will be done meanwhile.

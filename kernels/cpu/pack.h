@@ -180,8 +180,8 @@ struct Operand {
   int64_t stride;
 };
 
-// Whether rows `stride` bytes apart stay in a cache whose sets repeat every `period` bytes: no more than so many of them
-// begin in the same set.
+// Whether rows `stride` bytes apart stay in a cache whose sets repeat every `period` bytes: no more than so many of
+// them begin in the same set.
 inline bool spread(int64_t rows, int64_t stride, int64_t period, int64_t ways) {
   return rows * (stride & -stride) <= ways * period;
 }
@@ -216,8 +216,8 @@ Operand<In> by_vectors(const S* in, int64_t stride, int64_t rows, int64_t head_d
   return {room, width};
 }
 
-// Rows of a result: a product leaves them where they belong if it can, else in `room`, from where `finish` moves them. A
-// product of pairs cannot: on tiles it writes whole ones, and its results have a factor to come.
+// Rows of a result: a product leaves them where they belong if it can, else in `room`, from where `finish` moves them.
+// A product of pairs cannot: on tiles it writes whole ones, and its results have a factor to come.
 template <class S, class In>
 struct Result {
   using T = SumOf<In>;

@@ -120,8 +120,8 @@ inline void transpose_eight(Vec<float> (&rows)[8]) {
 }
 #endif
 
-// A square of lanes in place. Interleaving the first half of the rows with the second turns the bits of (row, column) by
-// one; as many turns as a row number has bits exchange the two.
+// A square of lanes in place. Interleaving the first half of the rows with the second turns the bits of (row, column)
+// by one; as many turns as a row number has bits exchange the two.
 template <class T>
 inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
 #if defined(__AVX2__) && !defined(__AVX512F__)  // where interleaving is two instructions, half as many do

@@ -1,6 +1,6 @@
-// Self-attention of ViT-short heads and its gradient: a thread block has all of a head in shared memory and a warp whole
-// rows of its scores in registers, so that the softmax takes one pass, nothing is read twice and nothing is saved for the
-// backward. Only what a 16x16 tile needs is padded. See README.md.
+// Self-attention of ViT-short heads and its gradient: a thread block has all of a head in shared memory and a warp
+// whole rows of its scores in registers, so that the softmax takes one pass, nothing is read twice and nothing is saved
+// for the backward. Only what a 16x16 tile needs is padded. See README.md.
 #include "head.cuh"
 #include "sizes.cuh"
 
@@ -11,8 +11,8 @@ template <int D, int kTiles>
 struct ForwardShape {
   static constexpr int kRows = 16 * kTiles;
   static constexpr int kMatrix = kRows * D;
-  // Strips of 16 queries per warp, one after the other, and warps per head. 8 warps of an SM's 16 may have 255 registers
-  // each, 12 168, 16 128; 13 warps count as 16, because a quarter of the SM holds 4 of them.
+  // Strips of 16 queries per warp, one after the other, and warps per head. 8 warps of an SM's 16 may have 255
+  // registers each, 12 168, 16 128; 13 warps count as 16, because a quarter of the SM holds 4 of them.
   static constexpr int kStrips = kTiles > 13 ? 3 : kTiles > 7 ? 2 : 1;
   static constexpr int kWarps = (kTiles + kStrips - 1) / kStrips;
   static constexpr int kHeads = kTiles > 5 ? 1 : 8 / kTiles;  // per block
@@ -98,8 +98,8 @@ struct BackwardShape {
   static constexpr int kBlocks = kByRegisters == 0 ? 1 : kByBytes < kByRegisters ? kByBytes : kByRegisters;
 };
 
-// What a warp does for its strips of one head. Rows are queries where it has weights and their gradients in registers, and
-// keys where it takes columns of them from shared memory: nothing else N x N is there.
+// What a warp does for its strips of one head. Rows are queries where it has weights and their gradients in registers,
+// and keys where it takes columns of them from shared memory: nothing else N x N is there.
 template <class T, int D, int kBelow, int kTiles>
 struct HeadBackward {
   using S = BackwardShape<D, kTiles>;

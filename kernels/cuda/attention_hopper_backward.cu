@@ -65,8 +65,8 @@ struct HopperBackward {
     if (row < S::kRows) exchange(weights, row);
   }
 
-  // From the weights of 64 queries the gradients of their scores, but for `scale`: weight * (its gradient - delta), delta
-  // the row's mean of them.
+  // From the weights of 64 queries the gradients of their scores, but for `scale`: weight * (its gradient - delta),
+  // delta the row's mean of them.
   __device__ __forceinline__ void differentiate(int block) const {
     const int row = first(block);
     Scores<kTiles> grad_weights;

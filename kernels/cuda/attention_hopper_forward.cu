@@ -107,8 +107,8 @@ struct HopperShortShape {
   static_assert(kRows <= kBlockRows);
 };
 
-// A block is one head of more than 16 * kBelow tokens and at most 64, of which an SM has five: that is faster than one block
-// which works through them.
+// A block is one head of more than 16 * kBelow tokens and at most 64, of which an SM has five: that is faster than one
+// block which works through them.
 template <class T, int D, int kBelow, int kTiles>
 __global__ void __launch_bounds__(kWarpgroup, 5)
     attention_hopper_short_kernel(const Attention p, const float scale_log2) {
@@ -129,13 +129,14 @@ __global__ void __launch_bounds__(kWarpgroup, 5)
   copy_async_commit();
   await_all_but<1>();
   HopperForward<T, D, kBelow, kTiles> my{
-      name_of<D>(queries), name_of<D>(keys), name_of<D>(values), tokens, scale_log2, {}, {-kInfinity, -kInfinity}, {0, 0}};
+      name_of<D>(queries), name_of<D>(keys), name_of<D>(values), tokens, scale_log2, {},
+      {-kInfinity, -kInfinity}, {0, 0}};
   my.run(present, [] { await_all_but<0>(); });
   if (present) my.store(out_rows<T, D>(p, owner), first);
 }
 
-// Groups of four warps, and teams of groups that have heads of their own. These and the parts are the fastest of some five
-// ways for each length, measured on an H200.
+// Groups of four warps, and teams of groups that have heads of their own. These and the parts are the fastest of some
+// five ways for each length, measured on an H200.
 template <int D, int kTiles>
 struct HopperForwardShape {
   static constexpr int kGroups = kTiles == 5 || kTiles == 17 ? 3 : 4;
@@ -143,7 +144,7 @@ struct HopperForwardShape {
   static constexpr int kThreads = kGroups * kWarpgroup;
   static constexpr int kRows = 16 * kTiles;
   static constexpr int kMatrix = kRows * D, kHead = 3 * kMatrix;
-  static constexpr int kBoxes = kRows > 256 ? 2 : 1, kBoxRows = kRows / kBoxes;  // the copy engine brings up to 256 rows
+  static constexpr int kBoxes = kRows > 256 ? 2 : 1, kBoxRows = kRows / kBoxes;  // the engine brings 256 at a time
   // Heads in shared memory at a time, each with its barrier and its count.
   static constexpr int kHeadBytes = 2 * kHead + sizeof(Barrier) + sizeof(uint32_t);
   static constexpr int kFit = 227 * 1024 / kHeadBytes < 8 ? 227 * 1024 / kHeadBytes : 8;
@@ -151,8 +152,9 @@ struct HopperForwardShape {
   static constexpr size_t kBytes = size_t{kStages} * kHeadBytes;
 };
 
-// A block works through heads of more than 16 * kBelow tokens and at most 16 * kTiles. While its groups are at one, each
-// with 64 queries at a time, the next ones arrive; whoever is the last to leave a head asks for another in its place.
+// A block works through heads of more than 16 * kBelow tokens and at most 16 * kTiles. While its groups are at one,
+// each with 64 queries at a time, the next ones arrive; whoever is the last to leave a head asks for another in its
+// place.
 template <class T, int D, int kBelow, int kTiles>
 __global__ void __launch_bounds__(HopperForwardShape<D, kTiles>::kThreads, 1)
     attention_hopper_forward_kernel(const __grid_constant__ RowsMap map, const Attention p, const float scale_log2) {
@@ -161,8 +163,8 @@ __global__ void __launch_bounds__(HopperForwardShape<D, kTiles>::kThreads, 1)
   const int warp = warp_index() % 4, group = warp_index() / 4, tokens = static_cast<int>(p.tokens);
   const unsigned heads = static_cast<unsigned>(p.batch * p.heads);
   const int blocks = (tokens + kBlockRows - 1) / kBlockRows;
-  // Warps that a head's last block leaves idle. The others are not always the same: that block begins early by so many rows
-  // as `back` says, which takes turns, or one of an SM's four schedulers would have more to do than the rest.
+  // Warps that a head's last block leaves idle. The others are not always the same: that block begins early by so many
+  // rows as `back` says, which takes turns, or one of an SM's four schedulers would have more to do than the rest.
   const int spare = blocks > 1 ? (blocks * kBlockRows - tokens) / 16 : 0;
   T* const ring = shared_memory<T>();
   auto* const arrived = reinterpret_cast<Barrier*>(ring + S::kStages * S::kHead);

@@ -1,6 +1,6 @@
-// A head's rows to shared memory by the bulk tensor copy engine (sm_90): one thread asks for them all, rows that are not
-// there come as zeros, and who needs them waits at a barrier in shared memory.
-// Without nvcc an emulator has the same functions (tests/kernels/cuda_host).
+// A head's rows to shared memory by the bulk tensor copy engine (sm_90): one thread asks for them all, rows that are
+// not there come as zeros, and who needs them waits at a barrier in shared memory. Without nvcc an emulator has the
+// same functions (tests/kernels/cuda_host).
 #pragma once
 
 #include "warpgroup.cuh"
@@ -16,8 +16,8 @@ namespace vitkd::cuda {
 using Barrier = uint64_t;
 using RowsMap = CUtensorMap;
 
-// For rows of head_dim elements of 16 bits, `box_rows` of a head at a time, swizzled as swizzled() has them. False where the
-// engine cannot go through these strides.
+// For rows of head_dim elements of 16 bits, `box_rows` of a head at a time, swizzled as swizzled() has them. False
+// where the engine cannot go through these strides.
 inline bool make_rows_map(RowsMap& map, const Attention& p, int box_rows) {
   static const auto encode = [] {
     void* function = nullptr;
@@ -52,7 +52,9 @@ inline bool make_rows_map(RowsMap& map, const Attention& p, int box_rows) {
 __device__ __forceinline__ void make_barrier([[maybe_unused]] Barrier* barrier) {
   VITKD_WARPGROUP("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void publish_barriers() { VITKD_WARPGROUP("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void publish_barriers() {
+  VITKD_WARPGROUP("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 // The barrier's next phase ends when so many bytes have been brought for it.
 __device__ __forceinline__ void expect_bytes([[maybe_unused]] Barrier* barrier, [[maybe_unused]] int bytes) {
@@ -64,7 +66,8 @@ __device__ __forceinline__ void bring_rows([[maybe_unused]] void* shared, [[mayb
                                            [[maybe_unused]] Barrier* barrier, [[maybe_unused]] int row,
                                            [[maybe_unused]] Part part, [[maybe_unused]] const Owner& owner) {
   VITKD_WARPGROUP(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::
           "r"(shared_address(shared)), "l"(&map), "r"(0), "r"(row), "r"(owner.head), "r"(static_cast<int>(part)),
       "r"(owner.batch), "r"(shared_address(barrier))
       : "memory");
@@ -82,7 +85,8 @@ __device__ __forceinline__ void await_phase([[maybe_unused]] Barrier* barrier, [
   } while (!over);
 }
 
-// Counts its callers; whether this one is the last of `count`, who sees what the others did before. The next begins anew.
+// Counts its callers; whether this one is the last of `count`, who sees what the others did before. The next begins
+// anew.
 __device__ __forceinline__ bool comes_last([[maybe_unused]] uint32_t* counter, [[maybe_unused]] uint32_t count) {
   uint32_t before = 0;
   VITKD_WARPGROUP("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"

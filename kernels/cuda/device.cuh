@@ -73,7 +73,9 @@ __device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
 }
 
 // This thread's warp, in a form that the compiler knows to be the same for all its lanes.
-__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0); }
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0);
+}
 
 // The same value; what follows from it is computed where it is needed, and does not wait in registers through a loop.
 __device__ __forceinline__ int recomputed(int value) {
@@ -258,8 +260,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
-// Whether the code that the current device runs of this kernel has wait_for_earlier: a GPU that could do it may be given
-// what was compiled for an older one. Drivers of before CUDA 12.3 cannot capture such launches into graphs.
+// Whether the code that the current device runs of this kernel has wait_for_earlier: a GPU that could do it may be
+// given what was compiled for an older one. Drivers of before CUDA 12.3 cannot capture such launches into graphs.
 template <class... Parameters>
 bool waits_for_earlier(void (*kernel)(Parameters...)) {
   static const bool capturable = [] {

@@ -150,7 +150,8 @@ struct SharedOperands {
 
 // A left operand from a matrix of weights: 16 columns become its rows, 16 rows what is summed over.
 template <class T, int kTiles>
-__device__ __forceinline__ void load_columns(uint32_t (&columns)[4], const T* weights, int first_row, int first_column) {
+__device__ __forceinline__ void load_columns(uint32_t (&columns)[4], const T* weights, int first_row,
+                                             int first_column) {
   const int lane = threadIdx.x % kWarp;
   const int row = first_row + lane / 16 * 8 + lane % 8, column = first_column + lane / 8 % 2 * 8;
   load_matrices<true>(columns, weights + row * kWeightPitch<kTiles> + column);
@@ -180,8 +181,8 @@ __device__ __forceinline__ float largest(const Scores<kTiles>& scores, int row) 
   return quad_max(peak);
 }
 
-// One row of a softmax that comes in parts: the largest score so far. What was summed below an earlier one, if there was a
-// part before, is brought below this one.
+// One row of a softmax that comes in parts: the largest score so far. What was summed below an earlier one, if there
+// was a part before, is brought below this one.
 template <bool kEarlier, int kTiles, int kColumns>
 __device__ __forceinline__ float raise(const Scores<kTiles>& scores, int row, float factor, float (&shift)[2],
                                        float (&sum)[2], float (&out)[kColumns][4]) {
@@ -197,8 +198,8 @@ __device__ __forceinline__ float raise(const Scores<kTiles>& scores, int row, fl
   return now;
 }
 
-// A part of a strip's scores becomes weights, left operands for `out`, which has the earlier parts' output, if there are any.
-// kFused: by one fma each, which is as good only where the largest weight rounds to 1 all the same.
+// A part of a strip's scores becomes weights, left operands for `out`, which has the earlier parts' output, if there
+// are any. kFused: by one fma each, which is as good only where the largest weight rounds to 1 all the same.
 template <class T, bool kEarlier, bool kFused, int kTiles, int kColumns>
 __device__ __forceinline__ void weigh(uint32_t (&weights)[kTiles][4], const Scores<kTiles>& scores, float factor,
                                       float (&shift)[2], float (&sum)[2], float (&out)[kColumns][4]) {
@@ -245,8 +246,8 @@ __device__ __forceinline__ void softmax(uint32_t (&weights)[kTiles][4], Scores<k
 // The largest score must be the largest logit: a negative scale goes into the queries' signs.
 __device__ __forceinline__ uint32_t sign_of(float scale_log2) { return scale_log2 < 0 ? 0x80008000u : 0; }
 
-// product (16 x 16*kTiles) += strip matrix^T, the strip's signs turned by `sign`. Only the first `tiles` tiles of 16 rows
-// of the matrix are there, and at least kSure of them.
+// product (16 x 16*kTiles) += strip matrix^T, the strip's signs turned by `sign`. Only the first `tiles` tiles of 16
+// rows of the matrix are there, and at least kSure of them.
 template <class T, int D, int kSure, int kTiles, class LeftStrip>
 __device__ __forceinline__ void multiply_transposed(float (&product)[kTiles][2][4], const LeftStrip& strip,
                                                     const T* matrix, int tiles, uint32_t sign = 0) {
@@ -269,8 +270,8 @@ __device__ __forceinline__ void multiply_transposed(float (&product)[kTiles][2][
   }
 }
 
-// For each of kStrips: product (16 x D) += a (16 x 16) times the 16 rows of `matrix` from `first` on, which are loaded once
-// for all strips.
+// For each of kStrips: product (16 x D) += a (16 x 16) times the 16 rows of `matrix` from `first` on, which are loaded
+// once for all strips.
 template <class T, int D, int kStrips>
 __device__ __forceinline__ void multiply(float (&product)[kStrips][D / 8][4], const uint32_t (&a)[kStrips][4],
                                          const T* matrix, int first) {
@@ -288,7 +289,8 @@ __device__ __forceinline__ void multiply(float (&product)[kStrips][D / 8][4], co
 }
 
 template <class T, int D>
-__device__ __forceinline__ void multiply(float (&product)[D / 8][4], const uint32_t (&a)[4], const T* matrix, int first) {
+__device__ __forceinline__ void multiply(float (&product)[D / 8][4], const uint32_t (&a)[4], const T* matrix,
+                                         int first) {
   multiply<T, D>(reinterpret_cast<float(&)[1][D / 8][4]>(product), reinterpret_cast<const uint32_t(&)[1][4]>(a), matrix,
                  first);
 }
@@ -314,8 +316,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&registers)[4]) {
 // Writes a warp's 16 x D accumulator, times `factor` for its upper and lower 8 rows, to rows `first`... A lane holds
 // pairs of elements; the quad turns them into 16 bytes of one lane, so that shared memory is not needed for it.
 template <class T, int D>
-__device__ __forceinline__ void store_strip(const HeadRows<T>& to, int first, int rows, const float (&product)[D / 8][4],
-                                            const float (&factor)[2]) {
+__device__ __forceinline__ void store_strip(const HeadRows<T>& to, int first, int rows,
+                                            const float (&product)[D / 8][4], const float (&factor)[2]) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

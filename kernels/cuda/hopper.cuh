@@ -44,7 +44,8 @@ __device__ __forceinline__ void multiply_by_rows(Scores<kTiles>& product, const 
   });
 }
 
-// What this thread has asked to be copied, but for the last kPending groups, and what all have written is there for products.
+// What this thread has asked to be copied, but for the last kPending groups, and what all have written is there for
+// products.
 template <int kPending>
 __device__ __forceinline__ void await_all_but() {
   copy_async_wait<kPending>();

@@ -3,9 +3,9 @@
 //
 // 4096 x 1000 in bfloat16 are 33 MB, 6.8 us of an H200's 4.8 TB/s. In that time its 528 schedulers (1.755 GHz) issue 49
 // instructions for 32 pairs of logits, 98 in float32. By the machine code for sm_90, both gradients wanted, kl takes 29
-// (two warps a row took 34), js 54: kl leaves the time to memory. What brings it there is one exponential per logit, kept
-// in its register for the gradients (five cost 98 instructions), the kind known to the compiler, and that what is of a
-// row, addresses, two reductions, two reciprocals and a logarithm, is shared by the 32 pairs of a thread.
+// (two warps a row took 34), js 54: kl leaves the time to memory. What brings it there is one exponential per logit,
+// kept in its register for the gradients (five cost 98 instructions), the kind known to the compiler, and that what is
+// of a row, addresses, two reductions, two reciprocals and a logarithm, is shared by the 32 pairs of a thread.
 #include "kd_mean.cuh"
 #include "kd_row.cuh"
 
@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(threads_of_block(kTeam, kHeld), 1) kd_loss_ker
   finish_mean<row.kThreads>(p, before);
 }
 
-// The same with no more blocks than run at once, each a warp, for rows of whole vectors. While a warp works on a row its
-// next one comes to shared memory, every thread's part to where only that thread reads it. The same arithmetic, so that
-// the results are the same bits.
+// The same with no more blocks than run at once, each a warp, for rows of whole vectors. While a warp works on a row
+// its next one comes to shared memory, every thread's part to where only that thread reads it. The same arithmetic, so
+// that the results are the same bits.
 template <class T, int kTeam, int kHeld, int kRun, int kKind>
 __global__ void __launch_bounds__(kTeam, 16) kd_loss_ahead_kernel(const Arguments p) {
   begin();
@@ -214,8 +214,9 @@ bool queue_few(const Arguments& p, void* stream, const char*& error) {
 
 // kl of up to 1024 half-precision classes goes to one warp, 32 a thread: 125 vectors of bfloat16 fill 98 % of their 128
 // places, no barrier, and what is of a row and not of a pair is done once. At 120 registers an SM has 17 rows of 4 KB
-// on their way, so that 4096 rows are not three turns of its 132, as with two warps a row and 14 rows, but two. js would
-// not fit the registers of one warp, and float32 would sum 32 terms in a row where 16 are as precise as the formula.
+// on their way, so that 4096 rows are not three turns of its 132, as with two warps a row and 14 rows, but two. js
+// would not fit the registers of one warp, and float32 would sum 32 terms in a row where 16 are as precise as the
+// formula.
 template <class T, int kRun, int kKind>
 const char* queue_softmax(const Arguments& p, void* stream) {
   if (p.classes <= 256) return queue_rows<32, 8>(kd_loss_kernel<T, 32, 8, kRun, kKind>, p, stream);

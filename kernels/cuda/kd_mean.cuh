@@ -39,8 +39,8 @@ __device__ float sum_of_losses(const float* loss, int begin, int rows) {
   return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
-// The mean of the losses by one block, whichever it is in the same order. The loads' latency is what takes time, so that
-// there are 2048 at a time or more, whatever the number of threads.
+// The mean of the losses by one block, whichever it is in the same order. The loads' latency is what takes time, so
+// that there are 2048 at a time or more, whatever the number of threads.
 template <int kThreads>
 __device__ void store_mean(const float* loss, int rows, float* mean) {
   constexpr int kFew = 8, kMany = kThreads * kFew < 2048 ? 2048 / kThreads : kFew;

@@ -16,9 +16,9 @@ __device__ float exponential(float x) {
   else return expf(x);
 }
 
-// log((1 + x) / 2) for x in [0, 1], as 2 artanh((x - 1) / (x + 3)): within 3e-9 and some roundings of the result itself,
-// not of 1, since networks that converge have only x near 1, where the result is small and an error of the polynomial
-// would be a bias. Exactly 0 at 1, so that equal logits have no divergence.
+// log((1 + x) / 2) for x in [0, 1], as 2 artanh((x - 1) / (x + 3)): within 3e-9 and some roundings of the result
+// itself, not of 1, since networks that converge have only x near 1, where the result is small and an error of the
+// polynomial would be a bias. Exactly 0 at 1, so that equal logits have no divergence.
 __device__ inline float log_half_1p(float x) {
   const float z = (x - 1) * reciprocal(x + 3), square = z * z;
   float terms = 0.28429255f;

@@ -5,8 +5,8 @@
 
 namespace vitkd::cuda {
 
-// The room, in tiles, that is compiled for; a head takes the smallest that holds it. Where they are 2, 4, 5, 7, 10, 13 and
-// 17, that is for 32, 49 + 1, 64 + 1, 100, 144 + 1, 196 + 2 and 256 + 1 tokens, and what lies between goes along.
+// The room, in tiles, that is compiled for; a head takes the smallest that holds it. Where they are 2, 4, 5, 7, 10, 13
+// and 17, that is for 32, 49 + 1, 64 + 1, 100, 144 + 1, 196 + 2 and 256 + 1 tokens, and what lies between goes along.
 template <int... kTiles>
 struct Sizes {};
 
@@ -30,8 +30,8 @@ inline bool fits_int(const AttentionBackward& p) {
   return fits_int({p.qkv_stride[1], p.grad_out_stride[1], 3 * p.heads * p.head_dim}, p.tokens);
 }
 
-// Queue::run<T, head_dim, longer than, up to>(problem, scale_log2, stream, error) for a problem of 16 bits and head_dim 32
-// or 64 whose rows are aligned; it says whether it has queued.
+// Queue::run<T, head_dim, longer than, up to>(problem, scale_log2, stream, error) for a problem of 16 bits and head_dim
+// 32 or 64 whose rows are aligned; it says whether it has queued.
 template <class Queue, class Compiled, class Problem>
 bool queue_sizes(const Problem& p, void* stream, const char*& error) {
   const float scale_log2 = static_cast<float>(p.scale * kLog2E);

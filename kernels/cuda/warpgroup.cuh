@@ -1,5 +1,5 @@
-// Products by four warps at once ("wgmma", sm_90a): 64 rows, operands straight from shared memory, done in the background.
-// Without nvcc an emulator has the same functions (tests/kernels/cuda_host).
+// Products by four warps at once ("wgmma", sm_90a): 64 rows, operands straight from shared memory, done in the
+// background. Without nvcc an emulator has the same functions (tests/kernels/cuda_host).
 #pragma once
 
 #include "head.cuh"
@@ -8,15 +8,18 @@ namespace vitkd::cuda {
 
 constexpr int kWarpgroup = 4 * kWarp;
 
-// A swizzled matrix of rows of D elements in shared memory, as wgmma wants it named (PTX ISA, "Matrix descriptor format"):
-// groups of 8 rows follow each other from `address` on, and a row's 128 or 64 bytes are swizzled.
+// A swizzled matrix of rows of D elements in shared memory, as wgmma wants it named (PTX ISA, "Matrix descriptor
+// format"): groups of 8 rows follow each other from `address` on, and a row's 128 or 64 bytes are swizzled.
 template <int D>
 struct Name {
-  uint32_t low;  // what depends on the address: 32-bit sums cost half of 64-bit ones, which instructions and registers add to
+  // What depends on the address: 32-bit sums cost half of 64-bit ones, which instructions and registers add to.
+  uint32_t low;
 
   __host__ __device__ static constexpr Name of(uint32_t address) { return {(address & 0x3ffff) / 16 | 1u << 16}; }
   // What lies `elements` on: 16 columns of the rows, or whole groups of 8 rows.
-  __host__ __device__ constexpr Name further(int elements) const { return {low + static_cast<uint32_t>(elements * 2 / 16)}; }
+  __host__ __device__ constexpr Name further(int elements) const {
+    return {low + static_cast<uint32_t>(elements * 2 / 16)};
+  }
   __host__ __device__ constexpr operator uint64_t() const {
     constexpr uint32_t kSwizzle = D == 64 ? 1 : 2, kGroupBytes = 8 * 2 * D;
     return uint64_t{kGroupBytes / 16 | kSwizzle << 30} << 32 | low;
@@ -53,7 +56,9 @@ inline bool has_warpgroups() {
 }
 
 // What this thread has written to shared memory, or its copies have, is there for wgmma after the next barrier.
-__device__ __forceinline__ void publish_to_warpgroups() { VITKD_WARPGROUP("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void publish_to_warpgroups() {
+  VITKD_WARPGROUP("fence.proxy.async.shared::cta;" ::: "memory");
+}
 // Before the first of some products: registers that they take may have been written.
 __device__ __forceinline__ void warpgroup_begin() { VITKD_WARPGROUP("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { VITKD_WARPGROUP("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -70,44 +75,34 @@ __device__ __forceinline__ void pin(float (&c)[kCount]) {
 }
 
 #define VITKD_REGISTERS_1 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define VITKD_OUTPUTS_1 \
-  "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
+#define VITKD_EIGHT(i) \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), \
+  "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define VITKD_OUTPUTS_1 VITKD_EIGHT(0)
 #define VITKD_REGISTERS_2 VITKD_REGISTERS_1 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define VITKD_OUTPUTS_2 \
-  VITKD_OUTPUTS_1, "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
+#define VITKD_OUTPUTS_2 VITKD_OUTPUTS_1, VITKD_EIGHT(8)
 #define VITKD_REGISTERS_3 VITKD_REGISTERS_2 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define VITKD_OUTPUTS_3 \
-  VITKD_OUTPUTS_2, "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23])
+#define VITKD_OUTPUTS_3 VITKD_OUTPUTS_2, VITKD_EIGHT(16)
 #define VITKD_REGISTERS_4 VITKD_REGISTERS_3 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define VITKD_OUTPUTS_4 \
-  VITKD_OUTPUTS_3, "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+#define VITKD_OUTPUTS_4 VITKD_OUTPUTS_3, VITKD_EIGHT(24)
 #define VITKD_REGISTERS_5 VITKD_REGISTERS_4 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define VITKD_OUTPUTS_5 \
-  VITKD_OUTPUTS_4, "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39])
+#define VITKD_OUTPUTS_5 VITKD_OUTPUTS_4, VITKD_EIGHT(32)
 #define VITKD_REGISTERS_6 VITKD_REGISTERS_5 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define VITKD_OUTPUTS_6 \
-  VITKD_OUTPUTS_5, "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47])
+#define VITKD_OUTPUTS_6 VITKD_OUTPUTS_5, VITKD_EIGHT(40)
 #define VITKD_REGISTERS_7 VITKD_REGISTERS_6 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define VITKD_OUTPUTS_7 \
-  VITKD_OUTPUTS_6, "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55])
+#define VITKD_OUTPUTS_7 VITKD_OUTPUTS_6, VITKD_EIGHT(48)
 #define VITKD_REGISTERS_8 VITKD_REGISTERS_7 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define VITKD_OUTPUTS_8 \
-  VITKD_OUTPUTS_7, "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
+#define VITKD_OUTPUTS_8 VITKD_OUTPUTS_7, VITKD_EIGHT(56)
 #define VITKD_REGISTERS_9 VITKD_REGISTERS_8 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define VITKD_OUTPUTS_9 \
-  VITKD_OUTPUTS_8, "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71])
+#define VITKD_OUTPUTS_9 VITKD_OUTPUTS_8, VITKD_EIGHT(64)
 #define VITKD_REGISTERS_10 VITKD_REGISTERS_9 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define VITKD_OUTPUTS_10 \
-  VITKD_OUTPUTS_9, "+f"(c[72]), "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79])
+#define VITKD_OUTPUTS_10 VITKD_OUTPUTS_9, VITKD_EIGHT(72)
 #define VITKD_REGISTERS_11 VITKD_REGISTERS_10 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define VITKD_OUTPUTS_11 \
-  VITKD_OUTPUTS_10, "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87])
+#define VITKD_OUTPUTS_11 VITKD_OUTPUTS_10, VITKD_EIGHT(80)
 #define VITKD_REGISTERS_12 VITKD_REGISTERS_11 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define VITKD_OUTPUTS_12 \
-  VITKD_OUTPUTS_11, "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95])
+#define VITKD_OUTPUTS_12 VITKD_OUTPUTS_11, VITKD_EIGHT(88)
 #define VITKD_REGISTERS_13 VITKD_REGISTERS_12 ", %96, %97, %98, %99, %100, %101, %102, %103"
-#define VITKD_OUTPUTS_13 \
-  VITKD_OUTPUTS_12, "+f"(c[96]), "+f"(c[97]), "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]), "+f"(c[103])
+#define VITKD_OUTPUTS_13 VITKD_OUTPUTS_12, VITKD_EIGHT(96)
 
 #define VITKD_PRODUCT(type, columns, registers, left, right, accumulates, transposed)                \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " accumulates ", 0;\n"                                            \

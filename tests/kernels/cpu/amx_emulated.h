@@ -67,7 +67,8 @@ inline void dpbf16ps(int sums, int rows, int columns) {
       for (int n = 0; n < c.row_bytes / 4; ++n) {
         float sum;
         std::memcpy(&sum, c.bytes[m] + 4 * n, 4);
-        for (int half = 0; half < 4; half += 2) sum += widened(a.bytes[m] + 4 * k + half) * widened(b.bytes[k] + 4 * n + half);
+        for (int half = 0; half < 4; half += 2)
+          sum += widened(a.bytes[m] + 4 * k + half) * widened(b.bytes[k] + 4 * n + half);
         std::memcpy(c.bytes[m] + 4 * n, &sum, 4);
       }
     }

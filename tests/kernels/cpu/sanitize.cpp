@@ -66,7 +66,9 @@ struct Buffer {
     const float f = static_cast<float>(x);
     uint16_t h = static_cast<uint16_t>(bits_of(f) >> 16);
     if (dtype == DType::float16) {
-      h = std::isnan(f) ? 0x7e00 : static_cast<uint16_t>((bits_of(f) >> 16 & 0x8000) | ((bits_of(f) - 0x38000000u) >> 13 & 0x7fff));
+      h = std::isnan(f)
+              ? 0x7e00
+              : static_cast<uint16_t>((bits_of(f) >> 16 & 0x8000) | ((bits_of(f) - 0x38000000u) >> 13 & 0x7fff));
     }
     if (dtype == DType::float64) __builtin_memcpy(at(i), &x, 8);
     else if (dtype == DType::float32) __builtin_memcpy(at(i), &f, 4);
@@ -103,8 +105,10 @@ void attention_case(DType dtype, DType out_dtype, int64_t tokens, int64_t head_d
   qkv.fill();
   grad_out.fill();
   const double scale = 1.0 / static_cast<double>(head_dim);
-  Attention forward{dtype, out_dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim}, out.data()};
-  AttentionBackward backward{dtype, out_dtype, batch, tokens, heads, head_dim, scale, qkv.data(), {tokens * row, row, channels, head_dim},
+  Attention forward{dtype, out_dtype, batch, tokens, heads, head_dim, scale,
+                    qkv.data(), {tokens * row, row, channels, head_dim}, out.data()};
+  AttentionBackward backward{dtype, out_dtype, batch, tokens, heads, head_dim, scale,
+                             qkv.data(), {tokens * row, row, channels, head_dim},
                              grad_out.data(), {tokens * channels, channels, head_dim}, grad_qkv.data()};
   cpu::attention(forward, serial);
   cpu::attention_backward(backward, serial);
@@ -112,7 +116,9 @@ void attention_case(DType dtype, DType out_dtype, int64_t tokens, int64_t head_d
   std::vector<double> want(static_cast<size_t>(qkv.size), 0.0);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
-      auto at = [&](int64_t n, int64_t which, int64_t d) { return (b * tokens + n) * row + which * channels + h * head_dim + d; };
+      auto at = [&](int64_t n, int64_t which, int64_t d) {
+        return (b * tokens + n) * row + which * channels + h * head_dim + d;
+      };
       auto at_out = [&](int64_t n, int64_t d) { return (b * tokens + n) * channels + h * head_dim + d; };
       for (int64_t i = 0; i < tokens; ++i) {
         std::vector<double> p(static_cast<size_t>(tokens)), dp(static_cast<size_t>(tokens), 0.0);
@@ -147,7 +153,8 @@ void attention_case(DType dtype, DType out_dtype, int64_t tokens, int64_t head_d
   }
   double size = 1;
   for (double x : want) size = std::abs(x) > size ? std::abs(x) : size;
-  for (int64_t i = 0; i < qkv.size; ++i) expect(grad_qkv.get(i), want[static_cast<size_t>(i)], size, out_dtype, "attention_backward");
+  for (int64_t i = 0; i < qkv.size; ++i)
+    expect(grad_qkv.get(i), want[static_cast<size_t>(i)], size, out_dtype, "attention_backward");
 }
 
 void kd_case(DType dtype, int64_t classes, int64_t offset) {
@@ -165,12 +172,14 @@ void kd_case(DType dtype, int64_t classes, int64_t offset) {
     for (int64_t i = 0; i < rows; ++i) {
       auto log_softmax = [&](const Buffer& logits, int64_t c) {
         double sum = 0;
-        for (int64_t k = 0; k < classes; ++k) sum += std::exp((logits.get(i * stride + k) - logits.get(i * stride + c)) / temperature);
+        for (int64_t k = 0; k < classes; ++k)
+          sum += std::exp((logits.get(i * stride + k) - logits.get(i * stride + c)) / temperature);
         return -std::log(sum);
       };
       double want = 0;
       for (int64_t c = 0; c < classes; ++c) {
-        const double s = log_softmax(student, c), t = log_softmax(teacher, c), m = std::log((std::exp(s) + std::exp(t)) / 2);
+        const double s = log_softmax(student, c), t = log_softmax(teacher, c),
+                     m = std::log((std::exp(s) + std::exp(t)) / 2);
         const double d = student.get(i * stride + c) - teacher.get(i * stride + c), n = static_cast<double>(classes);
         const double terms[] = {std::exp(t) * (t - s), std::exp(s) * (s - t),
                                 (std::exp(t) * (t - m) + std::exp(s) * (s - m)) / 2, std::abs(d) / n, d * d / n};
@@ -178,7 +187,8 @@ void kd_case(DType dtype, int64_t classes, int64_t offset) {
       }
       expect(loss.get(i), want, 1 + std::abs(want), DType::float32, "kd_loss");
       for (int64_t c = 0; c < classes; ++c) {
-        if (!std::isfinite(grad_s.get(i * classes + c) + grad_t.get(i * classes + c))) expect(1, 0, 0, dtype, "kd_loss gradient");
+        if (!std::isfinite(grad_s.get(i * classes + c) + grad_t.get(i * classes + c)))
+          expect(1, 0, 0, dtype, "kd_loss gradient");
       }
     }
   }

@@ -1,5 +1,5 @@
-// The functions of kernels/cuda/bulk.cuh on the CPU, from the PTX ISA's sections on mbarrier and cp.async.bulk.tensor. A copy
-// lands at once or, by the schedule, not before somebody waits for it.
+// The functions of kernels/cuda/bulk.cuh on the CPU, from the PTX ISA's sections on mbarrier and cp.async.bulk.tensor.
+// A copy lands at once or, by the schedule, not before somebody waits for it.
 #pragma once
 
 #include <map>

@@ -1,5 +1,6 @@
-// The layouts of kernels/cuda/head.cuh, which nvcc and this program compile from the same functions: every element has its
-// own place, and no access of a quarter warp (16-byte pieces) or of a warp (4-byte ones) meets itself in a memory bank.
+// The layouts of kernels/cuda/head.cuh, which nvcc and this program compile from the same functions: every element has
+// its own place, and no access of a quarter warp (16-byte pieces) or of a warp (4-byte ones) meets itself in a memory
+// bank.
 #include <cstdio>
 #include <set>
 
