@@ -2,8 +2,7 @@
 // strip of queries at once, as a matrix of scores with one column per query: the softmax then runs down the columns, as
 // many queries abreast as a vector has lanes, and only a strip of scores ever exists.
 #include "../kernels.h"
-#include "gemm.h"
-#include "pack.h"
+#include "lone.h"
 #include "workspace.h"
 
 namespace vitkd::cpu::VITKD_ISA {
@@ -20,26 +19,34 @@ constexpr bool kCoarse = std::is_same_v<In, Pair>;
 
 constexpr int64_t strip_lanes(int64_t tokens) { return tokens <= kWholeLanes ? kWholeLanes : kStripLanes; }
 
+// Queries `first` and on: `columns` of them are whole vectors, or fill them up, what is left of `rows` are lone ones.
+struct Strip {
+  int64_t first, rows, columns;
+  int64_t stride;  // of its matrices, in which lone queries have columns, too
+};
+
 // Strips as even as whole vectors allow: 197 queries are 13 vectors of 16, in strips of 4, 3, 3 and 3; or, on tiles, in
 // which 32 queries are summed over at a time, of 4, 4, 4 and 1.
 template <class In, class Body>
 void for_each_strip(int64_t tokens, Body body) {
   constexpr int64_t lanes = kLanes<SumOf<In>>, tile = kTileOf<In> * kSteps<In>;
   constexpr int64_t together = tile > lanes ? tile / lanes : 1;
-  const int64_t most = strip_lanes(tokens) / lanes;
-  int64_t units = pad<SumOf<In>>(tokens) / lanes;
-  for (int64_t first = 0; first < tokens;) {
+  const int64_t most = strip_lanes(tokens) / lanes, lone = lone_queries<In>(tokens);
+  int64_t units = pad<SumOf<In>>(tokens - lone) / lanes;
+  for (int64_t first = 0; units > 0;) {
     const int64_t strips = (units + most - 1) / most, even = round_up((units + strips - 1) / strips, together);
     const int64_t width = even < units ? even : units, columns = width * lanes;
-    body(first, tokens - first < columns ? tokens - first : columns, columns);
-    first += columns;
     units -= width;
+    if (units > 0) body(Strip{first, columns, columns, columns});
+    else body(Strip{first, tokens - first, columns, columns + (lone > 0 ? lanes : 0)});
+    first += columns;
   }
 }
 
 template <class In>
 int64_t widest_strip(int64_t tokens) {
-  const int64_t padded = pad<SumOf<In>>(tokens), most = strip_lanes(tokens);
+  using T = SumOf<In>;
+  const int64_t padded = pad<T>(tokens), most = strip_lanes(tokens) + (lone_queries<In>(tokens) > 0 ? kLanes<T> : 0);
   return padded < most ? padded : most;
 }
 
@@ -157,6 +164,23 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
   });
 }
 
+// A lone query's P and dS into column n of the operands; pairs narrow them in place.
+template <class In, class T>
+void to_columns(T* weights, T* grads, int64_t tokens, int64_t n, int64_t columns, const Softened<In>& out) {
+  const int64_t row = tile_depth<In>(columns);
+  In* const p = operand_row<In>(weights, tokens);
+  In* const ds = operand_row<In>(grads, tokens);
+  if constexpr (kSteps<In> == 1) {
+    row_to_column(p, tokens, out.weights_rows + n, row);
+    row_to_column(ds, tokens, out.grad_rows + n, row);
+  } else {  // pairs of neighbouring queries, of which this is one, and pairs of neighbouring keys
+    const auto each = [](In* pairs) { return reinterpret_cast<bf16*>(pairs); };
+    row_to_column(each(p), tokens, each(out.weights_rows) + n, 2 * row);
+    row_to_column(each(ds), tokens, each(out.grad_rows) + n, 2 * row);
+    row_to_column(ds, steps<In>(tokens), out.grad_down + n, columns);
+  }
+}
+
 // What scores are multiplied by on their way into exp2: floats took scale * log2(e) into the query, pairs its sign.
 template <class In, class T = SumOf<In>>
 T exponent_factor(T scale) {
@@ -220,22 +244,37 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
   T* scores = memory.take<T>(tile_rows<In>(tokens) * strip);
   T* out_strip = memory.take<T>(strip * width);
   In* weights = kSteps<In> == 1 ? reinterpret_cast<In*>(scores) : memory.take<In>(tile_depth<In>(tokens) * strip);
+  In* lone_query = memory.take<In>(key_width);
+  T* lone_scores = memory.take<T>(pad<T>(tokens));
 
   const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
-  for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
-    if (first / kStripLanes % parts != part) return;
-    pack_across(query + first * row_stride, row_stride, rows, head_dim, scale, query_across, columns);
-    gemm<In>({tokens, columns, depth, key_rows.rows, key_rows.stride, 1, query_across, columns, scores, columns, false,
-              &ahead});
+  for_each_strip<In>(tokens, [&](const Strip& its) {
+    if (its.first / kStripLanes % parts != part) return;
+    const S* queries = query + its.first * row_stride;
+    const int64_t columns = kScoresInColumn<In> ? its.stride : its.columns;
+    pack_across(queries, row_stride, its.rows, head_dim, scale, query_across, columns);
+    gemm<In>({tokens, columns, depth, key_rows.rows, key_rows.stride, 1, query_across, columns, scores, its.stride,
+              false, &ahead});
     T inverse[kWholeLanes];
-    for (int64_t n = 0; n < columns; n += kLanes<T>) {
-      store(inverse + n, T(1) / exponentials(scores + n, tokens, columns, factor, weights + n));
+    for (int64_t n = 0; n < its.columns; n += kLanes<T>) {
+      store(inverse + n, T(1) / exponentials(scores + n, tokens, its.stride, factor, weights + n));
     }
-    clear(weights, steps<In>(tokens), tile_depth<In>(tokens), columns);
-    const Result<O, In> result(out + first * out_stride, out_stride, head_dim, out_strip, rows, false);
-    gemm<In>({rows, width, steps<In>(tokens), weights, 1, columns, value_down.rows, value_down.stride, result.rows,
-              result.stride, false, &ahead, result.in_place ? inverse : nullptr});
-    result.finish(rows, [&](int64_t i) { return inverse[i]; });
+    for (int64_t n = its.columns; n < its.rows; ++n) {
+      if constexpr (kScoresInColumn<In>) {
+        column_to_row(scores + n, its.stride, tokens, lone_scores);
+      } else {
+        pack_lone(queries + n * row_stride, head_dim, scale, lone_query);
+        ahead.some(tokens * head_dim);
+        dots(lone_query, key_rows, tokens, depth, lone_scores);
+      }
+      inverse[n] = T(1) / exponentials_of_row<kCoarse<In>>(lone_scores, tokens, factor);
+      row_to_column(operand_row<In>(lone_scores, tokens), steps<In>(tokens), weights + n, its.stride);
+    }
+    clear(weights, steps<In>(tokens), tile_depth<In>(tokens), its.stride);
+    const Result<O, In> result(out + its.first * out_stride, out_stride, head_dim, out_strip, its.rows, false);
+    gemm<In>({its.rows, width, steps<In>(tokens), weights, 1, its.stride, value_down.rows, value_down.stride,
+              result.rows, result.stride, false, &ahead, result.in_place ? inverse : nullptr});
+    result.finish(its.rows, [&](int64_t i) { return inverse[i]; });
   });
 }
 
@@ -283,38 +322,57 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
                 memory.take<In>(tile_depth<In>(tokens) * strip)};
   }
 
+  In* lone_row = memory.take<In>(key_width);
+  T* lone_scores = memory.take<T>(pad<T>(tokens));
+  T* lone_grads = memory.take<T>(pad<T>(tokens));
+
   const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
   // Floats take the scale into dS; pairs, which would round it, into dQ and dK.
   const T grad_scale = pairs ? T(1) : T(args.scale);
   const auto rest = [&](int64_t) { return pairs ? T(args.scale) : T(1); };
-  for_each_strip<In>(tokens, [&](int64_t first, int64_t rows, int64_t columns) {
-    const S* queries = query + first * row_stride;
-    const O* grads_out = grad + first * grad_stride;
+  for_each_strip<In>(tokens, [&](const Strip& its) {
+    const int64_t rows = its.rows, stride = its.stride, columns = kScoresInColumn<In> ? stride : its.columns;
+    const S* queries = query + its.first * row_stride;
+    const O* grads_out = grad + its.first * grad_stride;
     pack_across(queries, row_stride, rows, head_dim, scale, query_across, columns);
     pack_across(grads_out, grad_stride, rows, head_dim, T(1), grad_across, columns);
     const auto query_down = by_vectors(queries, row_stride, rows, head_dim, query_room);
     const auto grad_down = by_vectors(grads_out, grad_stride, rows, head_dim, grad_room);
-    gemm<In>({tokens, columns, depth, key_rows.rows, key_rows.stride, 1, query_across, columns, scores, columns, false,
+    gemm<In>({tokens, columns, depth, key_rows.rows, key_rows.stride, 1, query_across, columns, scores, stride, false,
               &ahead});
-    gemm<In>({tokens, columns, depth, value_rows.rows, value_rows.stride, 1, grad_across, columns, grads, columns,
-              false, &ahead});
-    for (int64_t n = 0; n < columns; n += kLanes<T>) {
+    gemm<In>({tokens, columns, depth, value_rows.rows, value_rows.stride, 1, grad_across, columns, grads, stride, false,
+              &ahead});
+    for (int64_t n = 0; n < its.columns; n += kLanes<T>) {
       const int64_t m = n / kSteps<In>;
-      softmax_backward<In>(scores + n, grads + n, tokens, columns, factor, grad_scale,
+      softmax_backward<In>(scores + n, grads + n, tokens, stride, factor, grad_scale,
                            {softened.weights_rows + m, softened.grad_rows + m, softened.grad_down + n});
     }
-    const int64_t row_steps = steps<In>(rows), a_row = tile_depth<In>(columns);
-    if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), columns);
+    const int64_t a_row = tile_depth<In>(stride);
     for (In* matrix : {softened.weights_rows, softened.grad_rows}) {
-      if (steps<In>(columns) < a_row) clear_end(matrix, tokens, steps<In>(columns), a_row);
+      if (pairs && steps<In>(its.columns) < a_row) clear_end(matrix, tokens, steps<In>(its.columns), a_row);
     }
-    const bool later = first > 0;
-    const Result<S, In> grad_query(grad_qkv + first * out_stride, out_stride, head_dim, query_strip, rows, false);
-    gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, columns, key_down.rows, key_down.stride,
+    for (int64_t n = its.columns; n < rows; ++n) {
+      if constexpr (kScoresInColumn<In>) {
+        column_to_row(scores + n, stride, tokens, lone_scores);
+        column_to_row(grads + n, stride, tokens, lone_grads);
+      } else {
+        ahead.some(2 * tokens * head_dim);
+        pack_lone(queries + n * row_stride, head_dim, scale, lone_row);
+        dots(lone_row, key_rows, tokens, depth, lone_scores);
+        pack_lone(grads_out + n * grad_stride, head_dim, T(1), lone_row);
+        dots(lone_row, value_rows, tokens, depth, lone_grads);
+      }
+      softmax_backward_of_row<kCoarse<In>>(lone_scores, lone_grads, tokens, factor, grad_scale);
+      to_columns(lone_scores, lone_grads, tokens, n, stride, softened);
+    }
+    if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), stride);
+    const bool later = its.first > 0;
+    const Result<S, In> grad_query(grad_qkv + its.first * out_stride, out_stride, head_dim, query_strip, rows, false);
+    gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, stride, key_down.rows, key_down.stride,
               grad_query.rows, grad_query.stride, false, &ahead});
-    gemm<In>({tokens, width, row_steps, softened.weights_rows, a_row, 1, grad_down.rows, grad_down.stride,
+    gemm<In>({tokens, width, steps<In>(rows), softened.weights_rows, a_row, 1, grad_down.rows, grad_down.stride,
               grad_value.rows, grad_value.stride, later, &ahead});
-    gemm<In>({tokens, width, row_steps, softened.grad_rows, a_row, 1, query_down.rows, query_down.stride,
+    gemm<In>({tokens, width, steps<In>(rows), softened.grad_rows, a_row, 1, query_down.rows, query_down.stride,
               grad_key.rows, grad_key.stride, later, &ahead});
     grad_query.finish(rows, rest);
   });

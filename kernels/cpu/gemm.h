@@ -161,12 +161,15 @@ void gemm_panel(const Gemm<In>& g, int64_t column, int vectors) {
     return;
   }
   constexpr int R = kRows[V];
+  const auto ask_ahead = [&](int64_t rows) { g.ahead->some(rows * V * kLanes<SumOf<In>> * g.depth * kSteps<In>); };
   int64_t row = 0;
   for (; row + R <= g.rows; row += R) {
-    g.ahead->some(R * V * kLanes<SumOf<In>> * g.depth * kSteps<In>);
+    ask_ahead(R);
     gemm_tile<In, R, V>(g, row, column);
   }
-  if (row < g.rows) gemm_rest<In, R - 1, V>(g, row, column);
+  if (row == g.rows) return;
+  ask_ahead(g.rows - row);
+  gemm_rest<In, R - 1, V>(g, row, column);
 }
 
 // In panels of about 64 terms: one running sum over 577 of them has 1.5 times the error of torch's product in float32,

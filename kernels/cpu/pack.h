@@ -113,8 +113,15 @@ void pack_rows(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* 
   }
 }
 
+// Pairs take no scale but its sign.
+template <class In>
+inline Vec<SumOf<In>> scaled(Vec<SumOf<In>> v, SumOf<In> scale) {
+  if constexpr (!std::is_same_v<In, Pair>) return v * scale;
+  else return scale < 0 ? (Vec<float>)((Lanes<float>::Int)v ^ int32_t(0x80008000)) : v;
+}
+
 // The rows as columns, out[d * columns + n]: for sums over channels, the other side. Columns past the last row repeat
-// it, so that they go bad only where it does. Pairs take no scale but its sign.
+// it, so that they go bad only where it does.
 template <class S, class In>
 void pack_across(const S* in, int64_t stride, int64_t rows, int64_t head_dim, SumOf<In> scale, In* out,
                  int64_t columns) {
@@ -146,9 +153,7 @@ void pack_across(const S* in, int64_t stride, int64_t rows, int64_t head_dim, Su
       VITKD_UNROLL
       for (int64_t i = 0; i < lanes; ++i) {
         if (d + i >= depth) break;
-        if constexpr (!std::is_same_v<In, Pair>) block[i] *= scale;
-        else if (scale < 0) block[i] = (Vec<T>)((typename Lanes<T>::Int)block[i] ^ int32_t(0x80008000));
-        store_operand(out + (d + i) * columns + n, block[i]);
+        store_operand(out + (d + i) * columns + n, scaled<In>(block[i], scale));
       }
     }
   }

@@ -39,7 +39,7 @@ class Workspace {
     void* memory = nullptr;
     int64_t bytes = 0;
   };
-  static constexpr int kPieces = 15;
+  static constexpr int kPieces = 18;
   Piece pieces_[kPieces];
   int next_ = 0, count_ = 0;
 };

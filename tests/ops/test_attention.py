@@ -15,7 +15,7 @@ from vitkd_fast.ops.attention import attention_backward_formula, attention_formu
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = (1, 2, 15, 16, 17, 49, 50, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577)
+TOKENS = (1, 2, 15, 16, 17, 49, 50, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577, 35)
 HEAD_DIMS = (7, 16, 20, 24, 32, 48, 64, 80, 96, 128)
 # Batch and heads go through their values as tokens × head_dims does, so that each of them meets each of the others.
 SIZES = [

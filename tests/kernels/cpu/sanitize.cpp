@@ -215,7 +215,7 @@ int main() {
   int cases = 0;
   for (DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
     for (int64_t offset : {0, 3}) {
-      for (int64_t tokens : {1, 2, 15, 16, 17, 48, 49, 65}) {
+      for (int64_t tokens : {1, 2, 15, 16, 17, 35, 48, 49, 65}) {
         for (int64_t head_dim : {1, 7, 16, 24, 33, 64}) attention_case(dtype, dtype, tokens, head_dim, offset), ++cases;
       }
       if (offset > 0) attention_case(dtype, dtype, dtype == DType::bfloat16 ? 261 : 130, 40, offset), ++cases;
