@@ -30,6 +30,7 @@ SHAPES = [(8, 3, 197, 64), (16, 3, 65, 64), (16, 3, 50, 64), (16, 4, 17, 32)]
 STAGES = {
     "products": ("gemm", "gemm_panel", "gemm_rest", "gemm_tile", "multiply_add", "amx_block"),
     "softmax": ("exponentials", "softmax_backward", "column_max", "exponent_factor"),
+    "lone": ("dots", "pack_lone", "row_max", "exponentials_of_row", "softmax_backward_of_row", "to_columns"),
     "operands": ("pack_across", "pack_rows", "pack_down", "by_elements", "by_vectors", "clear"),
     "turning": ("turn",),
     "results": ("finish",),

@@ -2,7 +2,7 @@
 // strip of queries at once, as a matrix of scores with one column per query: the softmax then runs down the columns, as
 // many queries abreast as a vector has lanes, and only a strip of scores ever exists.
 #include "../kernels.h"
-#include "lone.h"
+#include "softmax.h"
 #include "workspace.h"
 
 namespace vitkd::cpu::VITKD_ISA {
@@ -13,9 +13,6 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kFewHeads = 16;
 constexpr int64_t kStripLanes = 64;  // queries of one strip: at 197 keys their scores take 50 KB
 constexpr int64_t kWholeLanes = 80;  // a head of no more is one strip: two would take a second pass over dK and dV
-
-template <class In>
-constexpr bool kCoarse = std::is_same_v<In, Pair>;
 
 constexpr int64_t strip_lanes(int64_t tokens) { return tokens <= kWholeLanes ? kWholeLanes : kStripLanes; }
 
@@ -50,143 +47,6 @@ int64_t widest_strip(int64_t tokens) {
   return padded < most ? padded : most;
 }
 
-// body(row, constant) for all rows, as many at a time as the constant says: four independent sums hide the latency of
-// one, and lose less to rounding.
-template <class Body>
-inline void by_fours(int64_t rows, Body body) {
-  int64_t n = 0;
-  for (; n + 4 <= rows; n += 4) body(n, std::integral_constant<int, 4>{});
-  if (rows & 2) body(n, std::integral_constant<int, 2>{}), n += 2;
-  if (rows & 1) body(n, std::integral_constant<int, 1>{});
-}
-
-template <class T>
-Vec<T> column_max(const T* scores, int64_t tokens, int64_t columns) {
-  Vec<T> most[4];
-  VITKD_UNROLL
-  for (int i = 0; i < 4; ++i) most[i] = load(scores);
-  by_fours(tokens, [&](int64_t n, auto count) {
-    constexpr int rows = count;
-    VITKD_UNROLL
-    for (int i = 0; i < rows; ++i) most[i] = maximum<T>(load(scores + (n + i) * columns), most[i]);
-  });
-  return maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3]));
-}
-
-template <class T>
-Vec<T> total(const Vec<T> (&parts)[4]) {
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
-// One vector of columns of scores becomes exp2(factor * (score - max)), as the operand of a sum over keys; in place for
-// floats. Returns the sum of each column.
-template <class In, class T>
-Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* weights) {
-  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
-  Vec<T> sums[4];
-  VITKD_UNROLL
-  for (int i = 0; i < 4; ++i) sums[i] = Vec<T>{};
-  by_fours(tokens, [&](int64_t n, auto count) {
-    constexpr int rows = count;
-    Vec<T> e[rows];
-    VITKD_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      e[i] = exp2<kCoarse<In>>(load(scores + (n + i) * columns) * factor - peak);
-      sums[i] += e[i];
-    }
-    if constexpr (kSteps<In> == 1) {
-      VITKD_UNROLL
-      for (int i = 0; i < rows; ++i) store(weights + (n + i) * columns, e[i]);
-    } else {
-      VITKD_UNROLL
-      for (int i = 0; i < rows; i += 2) {
-        store_operand(weights + (n + i) / 2 * columns, join(e[i], i + 1 < rows ? e[i + 1] : Vec<T>{}));
-      }
-    }
-  });
-  return total<T>(sums);
-}
-
-// Operands that hold a strip's weights P and their gradient dS = P (dP - sum(P dP)).
-template <class In>
-struct Softened {
-  In *weights_rows, *grad_rows;  // (tokens, tile_depth(columns)): for sums over queries
-  In* grad_down;                 // (tokens / steps, columns): for sums over keys
-};
-
-// One vector of columns of scores and dP; P and scale * dS, which for floats replace them.
-template <class In, class T>
-void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, T scale,
-                      const Softened<In>& out) {
-  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
-  const int64_t row = tile_depth<In>(columns);
-  Vec<T> sums[4], dots[4];
-  VITKD_UNROLL
-  for (int i = 0; i < 4; ++i) sums[i] = dots[i] = Vec<T>{};
-  by_fours(tokens, [&](int64_t n, auto count) {
-    constexpr int rows = count;
-    VITKD_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      T* score = scores + (n + i) * columns;
-      const Vec<T> e = exp2<kCoarse<In>>(load(score) * factor - peak);
-      store(score, e);
-      sums[i] += e;
-      dots[i] += e * load(grads + (n + i) * columns);
-    }
-  });
-  const Vec<T> inverse = T(1) / total<T>(sums), scaled = inverse * scale, delta = total<T>(dots) * inverse;
-  by_fours(tokens, [&](int64_t n, auto count) {
-    constexpr int rows = count;
-    Vec<T> p[rows], ds[rows];
-    VITKD_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      const Vec<T> e = load(scores + (n + i) * columns);
-      p[i] = e * inverse;
-      ds[i] = e * scaled * (load(grads + (n + i) * columns) - delta);
-    }
-    if constexpr (kSteps<In> == 1) {
-      VITKD_UNROLL
-      for (int i = 0; i < rows; ++i) {
-        store(out.weights_rows + (n + i) * row, p[i]);
-        store(out.grad_rows + (n + i) * row, ds[i]);
-      }
-    } else {
-      VITKD_UNROLL
-      for (int i = 0; i < rows; ++i) {
-        store_narrow(reinterpret_cast<bf16*>(out.weights_rows + (n + i) * row), p[i]);
-        store_narrow(reinterpret_cast<bf16*>(out.grad_rows + (n + i) * row), ds[i]);
-      }
-      VITKD_UNROLL
-      for (int i = 0; i < rows; i += 2) {
-        store_operand(out.grad_down + (n + i) / 2 * columns, join(ds[i], i + 1 < rows ? ds[i + 1] : Vec<T>{}));
-      }
-    }
-  });
-}
-
-// A lone query's P and dS into column n of the operands; pairs narrow them in place.
-template <class In, class T>
-void to_columns(T* weights, T* grads, int64_t tokens, int64_t n, int64_t columns, const Softened<In>& out) {
-  const int64_t row = tile_depth<In>(columns);
-  In* const p = operand_row<In>(weights, tokens);
-  In* const ds = operand_row<In>(grads, tokens);
-  if constexpr (kSteps<In> == 1) {
-    row_to_column(p, tokens, out.weights_rows + n, row);
-    row_to_column(ds, tokens, out.grad_rows + n, row);
-  } else {  // pairs of neighbouring queries, of which this is one, and pairs of neighbouring keys
-    const auto each = [](In* pairs) { return reinterpret_cast<bf16*>(pairs); };
-    row_to_column(each(p), tokens, each(out.weights_rows) + n, 2 * row);
-    row_to_column(each(ds), tokens, each(out.grad_rows) + n, 2 * row);
-    row_to_column(ds, steps<In>(tokens), out.grad_down + n, columns);
-  }
-}
-
-// What scores are multiplied by on their way into exp2: floats took scale * log2(e) into the query, pairs its sign.
-template <class In, class T = SumOf<In>>
-T exponent_factor(T scale) {
-  return kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
-}
-
 // Where the q, k and v of a head begin.
 template <class S, class Args>
 const S* head_of(const Args& args, int64_t index) {
@@ -201,14 +61,14 @@ const O* grad_of(const AttentionBackward& args, int64_t index) {
 }
 
 template <class S, class O, class Args>
-void add_next_head(Ahead& ahead, const Args& args, int64_t index) {
-  if (index + 1 >= args.batch * args.heads) return;
+void add_head(Ahead& ahead, const Args& args, int64_t index) {
+  if (index >= args.batch * args.heads) return;
   for (int64_t i = 0; i < 3; ++i) {
-    const S* rows = head_of<S>(args, index + 1) + i * args.qkv_stride[2];
+    const S* rows = head_of<S>(args, index) + i * args.qkv_stride[2];
     ahead.add(rows, args.qkv_stride[1], args.tokens, args.head_dim);
   }
   if constexpr (std::is_same_v<Args, AttentionBackward>) {
-    ahead.add(grad_of<O>(args, index + 1), args.grad_out_stride[1], args.tokens, args.head_dim);
+    ahead.add(grad_of<O>(args, index), args.grad_out_stride[1], args.tokens, args.head_dim);
   }
 }
 
@@ -220,7 +80,7 @@ inline int64_t parts_of_head(const Attention& args) {
 }
 
 template <class S, class In, class O>
-void forward_head(const Attention& args, int64_t task, Workspace& memory) {
+void forward_head(const Attention& args, int64_t task, int64_t next_task, Workspace& memory) {
   using T = SumOf<In>;
   const int64_t parts = parts_of_head(args), index = task / parts, part = task % parts;
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
@@ -234,7 +94,7 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
   O* out = static_cast<O*>(args.out) + b * tokens * out_stride + h * head_dim;
 
   Ahead ahead(2 * tokens * tokens * head_dim);
-  add_next_head<S, O>(ahead, args, index);
+  if (next_task / parts != index) add_head<S, O>(ahead, args, next_task / parts);
   memory.rewind();
   In* key_room = memory.take<In>(tile_rows<In>(tokens) * key_width);
   In* value_room = memory.take<In>(tile_depth<In>(tokens) * width);
@@ -279,7 +139,7 @@ void forward_head(const Attention& args, int64_t task, Workspace& memory) {
 }
 
 template <class S, class In, class O>
-void backward_head(const AttentionBackward& args, int64_t index, Workspace& memory) {
+void backward_head(const AttentionBackward& args, int64_t index, int64_t next_index, Workspace& memory) {
   using T = SumOf<In>;
   constexpr bool pairs = kSteps<In> == 2;
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
@@ -296,7 +156,7 @@ void backward_head(const AttentionBackward& args, int64_t index, Workspace& memo
 
   Ahead ahead(5 * tokens * tokens * head_dim);
   for (int64_t i = 0; i < 3; ++i) ahead.add(grad_qkv + i * channels, out_stride, tokens, head_dim);
-  add_next_head<S, O>(ahead, args, index);
+  add_head<S, O>(ahead, args, next_index);
   memory.rewind();
   In* value_room = memory.take<In>(padded_tokens * key_width);
   In* key_room = memory.take<In>(tile_depth<In>(tokens) * width);
@@ -387,14 +247,43 @@ int64_t heads_per_task(const Args& args) {
   return work >= 65536 ? 1 : 65536 / (work + 1) + 1;
 }
 
-template <class Args, void (*head)(const Args&, int64_t, Workspace&)>
+// Heads yet to be computed. Threads take them as they go, many at first: cores are not equally fast, nor is one core at
+// all times, and who is done early does more.
+template <class Args>
+struct Heads {
+  const Args& args;
+  int64_t count, grain;
+  int64_t taken = 0;
+
+  struct Range {
+    int64_t begin, end;
+  };
+  Range take(int64_t threads) {
+    const int64_t share = (count - __atomic_load_n(&taken, __ATOMIC_RELAXED)) / (4 * threads);
+    const int64_t size = share > grain ? share : grain;
+    const int64_t begin = __atomic_fetch_add(&taken, size, __ATOMIC_RELAXED), end = begin + size;
+    return {begin, end < count ? end : count};
+  }
+};
+
+template <class Args, void (*head)(const Args&, int64_t, int64_t, Workspace&)>
 void for_each_head(const Args& args, int64_t parts, ParallelFor parallel_for) {
+  Heads<Args> heads{args, args.batch * args.heads * parts, heads_per_task(args)};
+  // The pool splits all heads among its threads; how many they are is all that is used of it.
   auto body = [](int64_t begin, int64_t end, void* context) {
     [[maybe_unused]] const Tiles tiles;
+    auto& heads = *static_cast<Heads<Args>*>(context);
+    const int64_t threads = (heads.count + end - begin - 1) / (end - begin);
     Workspace memory;
-    for (int64_t i = begin; i < end; ++i) head(*static_cast<const Args*>(context), i, memory);
+    for (auto mine = heads.take(threads); mine.begin < mine.end;) {
+      const auto next = heads.take(threads);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        head(heads.args, i, i + 1 < mine.end ? i + 1 : next.begin, memory);
+      }
+      mine = next;
+    }
   };
-  parallel_for(args.batch * args.heads * parts, heads_per_task(args), body, const_cast<Args*>(&args));
+  parallel_for(heads.count, heads.grain, body, &heads);
 }
 
 // S is what qkv is stored in, In what is multiplied, O what out and its gradient are stored in.

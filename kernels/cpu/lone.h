@@ -19,7 +19,7 @@ template <class In>
 constexpr bool kScoresInColumn = kTileOf<In> > 1;
 
 template <class In>
-inline void multiply_add(Vec<SumOf<In>>& sum, Vec<SumOf<In>> a, Vec<SumOf<In>> b) {
+inline void multiply_add_lanes(Vec<SumOf<In>>& sum, Vec<SumOf<In>> a, Vec<SumOf<In>> b) {
   if constexpr (std::is_same_v<In, Pair>) {
 #if defined(__AVX512BF16__)
     sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -54,12 +54,12 @@ void dots(const In* row, const Operand<In>& rows, int64_t count, int64_t depth, 
       const Vec<T> mine = load(reinterpret_cast<const T*>(row + d));
       VITKD_UNROLL
       for (int64_t i = 0; i < lanes; ++i) {
-        multiply_add<In>(sums[i], mine, load(reinterpret_cast<const T*>(other[i] + d)));
+        multiply_add_lanes<In>(sums[i], mine, load(reinterpret_cast<const T*>(other[i] + d)));
       }
     }
     if (d < depth) {
       const Vec<T> mine = load(reinterpret_cast<const T*>(row + d));
-      for (int64_t i = 0; i < lanes; ++i) multiply_add<In>(sums[i], mine, load_rest(other[i] + d, depth - d));
+      for (int64_t i = 0; i < lanes; ++i) multiply_add_lanes<In>(sums[i], mine, load_rest(other[i] + d, depth - d));
     }
     transpose<T>(sums);
     VITKD_UNROLL

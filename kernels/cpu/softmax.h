@@ -1,0 +1,150 @@
+// The softmax of a strip of queries and its gradient, down the columns of its scores: as many queries at a time as a
+// vector has lanes. The results are operands of products.
+#pragma once
+
+#include "lone.h"
+
+namespace vitkd::cpu::VITKD_ISA {
+
+// Weights that are rounded to bfloat16 need no better exponential.
+template <class In>
+constexpr bool kCoarse = std::is_same_v<In, Pair>;
+
+// body(row, constant) for all rows, as many at a time as the constant says: four independent sums hide the latency of
+// one, and lose less to rounding.
+template <class Body>
+inline void by_fours(int64_t rows, Body body) {
+  int64_t n = 0;
+  for (; n + 4 <= rows; n += 4) body(n, std::integral_constant<int, 4>{});
+  if (rows & 2) body(n, std::integral_constant<int, 2>{}), n += 2;
+  if (rows & 1) body(n, std::integral_constant<int, 1>{});
+}
+
+template <class T>
+Vec<T> column_max(const T* scores, int64_t tokens, int64_t columns) {
+  Vec<T> most[4];
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) most[i] = load(scores);
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
+    VITKD_UNROLL
+    for (int i = 0; i < rows; ++i) most[i] = maximum<T>(load(scores + (n + i) * columns), most[i]);
+  });
+  return maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3]));
+}
+
+template <class T>
+Vec<T> total(const Vec<T> (&parts)[4]) {
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// One vector of columns of scores becomes exp2(factor * (score - max)), as the operand of a sum over keys; in place for
+// floats. Returns the sum of each column.
+template <class In, class T>
+Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* weights) {
+  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
+  Vec<T> sums[4];
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] = Vec<T>{};
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
+    Vec<T> e[rows];
+    VITKD_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      e[i] = exp2<kCoarse<In>>(load(scores + (n + i) * columns) * factor - peak);
+      sums[i] += e[i];
+    }
+    if constexpr (kSteps<In> == 1) {
+      VITKD_UNROLL
+      for (int i = 0; i < rows; ++i) store(weights + (n + i) * columns, e[i]);
+    } else {
+      VITKD_UNROLL
+      for (int i = 0; i < rows; i += 2) {
+        store_operand(weights + (n + i) / 2 * columns, join(e[i], i + 1 < rows ? e[i + 1] : Vec<T>{}));
+      }
+    }
+  });
+  return total<T>(sums);
+}
+
+// Operands that hold a strip's weights P and their gradient dS = P (dP - sum(P dP)).
+template <class In>
+struct Softened {
+  In *weights_rows, *grad_rows;  // (tokens, tile_depth(columns)): for sums over queries
+  In* grad_down;                 // (tokens / steps, columns): for sums over keys
+};
+
+// One vector of columns of scores and dP; P and scale * dS, which for floats replace them.
+template <class In, class T>
+void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, T scale,
+                      const Softened<In>& out) {
+  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
+  const int64_t row = tile_depth<In>(columns);
+  Vec<T> sums[4], dots[4];
+  VITKD_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] = dots[i] = Vec<T>{};
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
+    VITKD_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      T* score = scores + (n + i) * columns;
+      const Vec<T> e = exp2<kCoarse<In>>(load(score) * factor - peak);
+      store(score, e);
+      sums[i] += e;
+      dots[i] += e * load(grads + (n + i) * columns);
+    }
+  });
+  const Vec<T> inverse = T(1) / total<T>(sums), scaled = inverse * scale, delta = total<T>(dots) * inverse;
+  by_fours(tokens, [&](int64_t n, auto count) {
+    constexpr int rows = count;
+    Vec<T> p[rows], ds[rows];
+    VITKD_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      const Vec<T> e = load(scores + (n + i) * columns);
+      p[i] = e * inverse;
+      ds[i] = e * scaled * (load(grads + (n + i) * columns) - delta);
+    }
+    if constexpr (kSteps<In> == 1) {
+      VITKD_UNROLL
+      for (int i = 0; i < rows; ++i) {
+        store(out.weights_rows + (n + i) * row, p[i]);
+        store(out.grad_rows + (n + i) * row, ds[i]);
+      }
+    } else {
+      VITKD_UNROLL
+      for (int i = 0; i < rows; ++i) {
+        store_narrow(reinterpret_cast<bf16*>(out.weights_rows + (n + i) * row), p[i]);
+        store_narrow(reinterpret_cast<bf16*>(out.grad_rows + (n + i) * row), ds[i]);
+      }
+      VITKD_UNROLL
+      for (int i = 0; i < rows; i += 2) {
+        store_operand(out.grad_down + (n + i) / 2 * columns, join(ds[i], i + 1 < rows ? ds[i + 1] : Vec<T>{}));
+      }
+    }
+  });
+}
+
+// A lone query's P and dS into column n of the operands; pairs narrow them in place.
+template <class In, class T>
+void to_columns(T* weights, T* grads, int64_t tokens, int64_t n, int64_t columns, const Softened<In>& out) {
+  const int64_t row = tile_depth<In>(columns);
+  In* const p = operand_row<In>(weights, tokens);
+  In* const ds = operand_row<In>(grads, tokens);
+  if constexpr (kSteps<In> == 1) {
+    row_to_column(p, tokens, out.weights_rows + n, row);
+    row_to_column(ds, tokens, out.grad_rows + n, row);
+  } else {  // pairs of neighbouring queries, of which this is one, and pairs of neighbouring keys
+    const auto each = [](In* pairs) { return reinterpret_cast<bf16*>(pairs); };
+    row_to_column(each(p), tokens, each(out.weights_rows) + n, 2 * row);
+    row_to_column(each(ds), tokens, each(out.grad_rows) + n, 2 * row);
+    row_to_column(ds, steps<In>(tokens), out.grad_down + n, columns);
+  }
+}
+
+// What scores are multiplied by on their way into exp2: floats took scale * log2(e) into the query, pairs its sign.
+template <class In, class T = SumOf<In>>
+T exponent_factor(T scale) {
+  return kSteps<In> == 1 ? T(1) : scale < 0 ? -scale : scale;
+}
+
+}  // namespace vitkd::cpu::VITKD_ISA
