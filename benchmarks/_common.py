@@ -72,6 +72,10 @@ class Limits:
     gemm: dict[str, float] = field(default_factory=dict)
     copy: float = 0.0
 
+    def products(self, name: str) -> float:
+        """GF/s of products of this dtype, which a CPU without instructions for them computes in float32."""
+        return max(self.gemm[name], self.gemm.get("float32", 0.0))
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

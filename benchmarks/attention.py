@@ -169,7 +169,7 @@ def rate(row: Row, size: tuple[int, ...], name: str, measured: Limits, device: s
         _, flops, tensors = DIRECTIONS[row.direction]
         row.gflops = flops * batch * heads * tokens**2 * head_dim / row.median / 1e3
         row.gbytes = tensors * batch * tokens * heads * head_dim * DTYPES[name].itemsize / row.median / 1e3
-        row.share = row.gflops / measured.gemm[name] if device == "cpu" else row.gbytes / measured.copy
+        row.share = row.gflops / measured.products(name) if device == "cpu" else row.gbytes / measured.copy
 
 
 def check(contender: Contender, qkv, grad_out, scale: float) -> dict[str, tuple[float, float]] | str:

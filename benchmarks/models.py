@@ -88,7 +88,7 @@ def run_case(case: str, name: str, measured, arguments) -> list[Row]:
     for row, *_ in rows:
         if row.median:
             row.gflops = 3 * flops / row.median / 1e3
-            row.share = row.gflops / measured.gemm[name]
+            row.share = row.gflops / measured.products(name)
     return [row for row, *_ in rows]
 
 
