@@ -231,12 +231,15 @@ def compare(rows: Iterable[Row]) -> None:
 def limits(names: Iterable[str], arguments: argparse.Namespace) -> Limits:
     """Measured here and now: shares of a data sheet's peak would hide a slow machine."""
     result = Limits()
-    for name in names:
-        size = 2048 if arguments.device == "cpu" else 8192
-        a, b = (torch.randn(size, size, device=arguments.device).to(DTYPES[name]) for _ in range(2))
-        time = statistics.median(_times(lambda: a @ b, _plain(arguments)))  # noqa: B023
-        result.gemm[name] = 2 * size**3 / time / 1e3
-    source = torch.randn((64 << 20) if arguments.device == "cpu" else (256 << 20), device=arguments.device)
+    on_cpu = arguments.device == "cpu"
+    for name in dict.fromkeys([*names, "float32"] if on_cpu else names):
+        for size in (512, 2048) if on_cpu else (8192,):
+            a, b = (torch.randn(size, size, device=arguments.device).to(DTYPES[name]) for _ in range(2))
+            time = statistics.median(_times(lambda: a @ b, _plain(arguments)))  # noqa: B023
+            result.gemm[name] = 2 * size**3 / time / 1e3
+            if time > 1e5:  # bfloat16 without instructions for it: the larger one would take a minute
+                break
+    source = torch.randn((64 << 20) if on_cpu else (256 << 20), device=arguments.device)
     target = torch.empty_like(source)
     time = statistics.median(_times(lambda: target.copy_(source), _plain(arguments)))
     result.copy = 2 * source.nbytes / time / 1e3
