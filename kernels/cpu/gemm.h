@@ -56,11 +56,12 @@ class Ahead {
     constexpr int64_t size = sizeof(S);
     matrices_[count_++] = {reinterpret_cast<const char*>(rows), stride * size, count, width * size};
     rows_ += static_cast<float>(count);
+    pace_ = rows_ / work_;
   }
 
   // The share of so much work; called once per tile.
   void some(int64_t work) {
-    for (due_ += rows_ / work_ * static_cast<float>(work); due_ >= 1 && next_ < count_; due_ -= 1) {
+    for (due_ += pace_ * static_cast<float>(work); due_ >= 1 && next_ < count_; due_ -= 1) {
       Matrix& m = matrices_[next_];
       for (int64_t at = 0; at < m.bytes; at += 64) __builtin_prefetch(m.rows + at, 0, 3);
       m.rows += m.stride;
@@ -76,7 +77,7 @@ class Ahead {
   static constexpr int kMatrices = 7;  // backward: three gradients; query, key, value and the output's gradient
   Matrix matrices_[kMatrices];
   int count_ = 0, next_ = 0;
-  float rows_ = 0, work_, due_ = 0;
+  float rows_ = 0, work_, pace_ = 0, due_ = 0;
 };
 
 template <class In>
