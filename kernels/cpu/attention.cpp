@@ -258,12 +258,14 @@ struct Heads {
   struct Range {
     int64_t begin, end;
   };
+  int64_t left() const { return count - __atomic_load_n(&taken, __ATOMIC_RELAXED); }
   Range take(int64_t threads) {
-    const int64_t share = (count - __atomic_load_n(&taken, __ATOMIC_RELAXED)) / (4 * threads);
-    const int64_t size = share > grain ? share : grain;
+    const int64_t share = left() / (4 * threads), size = share > grain ? share : grain;
     const int64_t begin = __atomic_fetch_add(&taken, size, __ATOMIC_RELAXED), end = begin + size;
     return {begin, end < count ? end : count};
   }
+  // What is asked for ahead has to be known early, but nobody waits for it while another thread has nothing to do.
+  Range take_early(int64_t threads) { return left() < threads * grain ? Range{count, count} : take(threads); }
 };
 
 template <class Args, void (*head)(const Args&, int64_t, int64_t, Workspace&)>
@@ -276,11 +278,11 @@ void for_each_head(const Args& args, int64_t parts, ParallelFor parallel_for) {
     const int64_t threads = (heads.count + end - begin - 1) / (end - begin);
     Workspace memory;
     for (auto mine = heads.take(threads); mine.begin < mine.end;) {
-      const auto next = heads.take(threads);
+      const auto next = heads.take_early(threads);
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         head(heads.args, i, i + 1 < mine.end ? i + 1 : next.begin, memory);
       }
-      mine = next;
+      mine = next.begin < next.end ? next : heads.take(threads);
     }
   };
   parallel_for(heads.count, heads.grain, body, &heads);
