@@ -175,7 +175,7 @@ def nvcc_codes(architectures: Sequence[str]) -> list[str]:
     and after it, so the GPUs on either side share the intermediate code of the oldest among them: making that is more
     than half of nvcc's time.
     """
-    oldest: dict[object, str] = {}
+    oldest: dict[bool, str] = {}  # after Hopper or before it
     codes = []
     for architecture in sorted(architectures, key=lambda name: float(name.removesuffix("+PTX").rstrip("af"))):
         n = digits(architecture)

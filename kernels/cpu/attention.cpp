@@ -104,7 +104,7 @@ void forward_head(const Attention& args, int64_t task, int64_t next_task, Worksp
   T* scores = memory.take<T>(tile_rows<In>(tokens) * strip);
   T* out_strip = memory.take<T>(strip * width);
   In* weights = kSteps<In> == 1 ? reinterpret_cast<In*>(scores) : memory.take<In>(tile_depth<In>(tokens) * strip);
-  In* lone_query = memory.take<In>(key_width);
+  const Lone<In> lone{tokens, head_dim, memory.take<In>(key_width), &ahead};
   T* lone_scores = memory.take<T>(pad<T>(tokens));
 
   const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
@@ -120,13 +120,7 @@ void forward_head(const Attention& args, int64_t task, int64_t next_task, Worksp
       store(inverse + n, T(1) / exponentials(scores + n, tokens, its.stride, factor, weights + n));
     }
     for (int64_t n = its.columns; n < its.rows; ++n) {
-      if constexpr (kScoresInColumn<In>) {
-        column_to_row(scores + n, its.stride, tokens, lone_scores);
-      } else {
-        pack_lone(queries + n * row_stride, head_dim, scale, lone_query);
-        ahead.some(tokens * head_dim);
-        dots(lone_query, key_rows, tokens, depth, lone_scores);
-      }
+      lone.meet(queries + n * row_stride, scale, key_rows, scores + n, its.stride, lone_scores);
       inverse[n] = T(1) / exponentials_of_row<kCoarse<In>>(lone_scores, tokens, factor);
       row_to_column(operand_row<In>(lone_scores, tokens), steps<In>(tokens), weights + n, its.stride);
     }
@@ -182,7 +176,7 @@ void backward_head(const AttentionBackward& args, int64_t index, int64_t next_in
                 memory.take<In>(tile_depth<In>(tokens) * strip)};
   }
 
-  In* lone_row = memory.take<In>(key_width);
+  const Lone<In> lone{tokens, head_dim, memory.take<In>(key_width), &ahead};
   T* lone_scores = memory.take<T>(pad<T>(tokens));
   T* lone_grads = memory.take<T>(pad<T>(tokens));
 
@@ -208,20 +202,14 @@ void backward_head(const AttentionBackward& args, int64_t index, int64_t next_in
                            {softened.weights_rows + m, softened.grad_rows + m, softened.grad_down + n});
     }
     const int64_t a_row = tile_depth<In>(stride);
-    for (In* matrix : {softened.weights_rows, softened.grad_rows}) {
-      if (pairs && steps<In>(its.columns) < a_row) clear_end(matrix, tokens, steps<In>(its.columns), a_row);
+    if (pairs && steps<In>(its.columns) < a_row) {
+      for (In* matrix : {softened.weights_rows, softened.grad_rows}) {
+        clear_end(matrix, tokens, steps<In>(its.columns), a_row);
+      }
     }
     for (int64_t n = its.columns; n < rows; ++n) {
-      if constexpr (kScoresInColumn<In>) {
-        column_to_row(scores + n, stride, tokens, lone_scores);
-        column_to_row(grads + n, stride, tokens, lone_grads);
-      } else {
-        ahead.some(2 * tokens * head_dim);
-        pack_lone(queries + n * row_stride, head_dim, scale, lone_row);
-        dots(lone_row, key_rows, tokens, depth, lone_scores);
-        pack_lone(grads_out + n * grad_stride, head_dim, T(1), lone_row);
-        dots(lone_row, value_rows, tokens, depth, lone_grads);
-      }
+      lone.meet(queries + n * row_stride, scale, key_rows, scores + n, stride, lone_scores);
+      lone.meet(grads_out + n * grad_stride, T(1), value_rows, grads + n, stride, lone_grads);
       softmax_backward_of_row<kCoarse<In>>(lone_scores, lone_grads, tokens, factor, grad_scale);
       to_columns(lone_scores, lone_grads, tokens, n, stride, softened);
     }

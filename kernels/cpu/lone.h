@@ -86,6 +86,27 @@ void column_to_row(const T* column, int64_t stride, int64_t tokens, T* row) {
   for (int64_t n = 0; n < pad<T>(tokens); ++n) row[n] = column[(n < tokens ? n : tokens - 1) * stride];
 }
 
+// Lone rows of one head, queries or their output's gradients.
+template <class In>
+struct Lone {
+  using T = SumOf<In>;
+  int64_t tokens, head_dim;
+  In* room;  // for one row
+  Ahead* ahead;
+
+  // out[n] = scale * row · rows[n], which on tiles the strip's `column` has already.
+  template <class S>
+  void meet(const S* row, T scale, const Operand<In>& rows, const T* column, int64_t stride, T* out) const {
+    if constexpr (kScoresInColumn<In>) {
+      column_to_row(column, stride, tokens, out);
+    } else {
+      ahead->some(tokens * head_dim);
+      pack_lone(row, head_dim, scale, room);
+      dots(room, rows, tokens, steps<In>(head_dim), out);
+    }
+  }
+};
+
 template <class T>
 void row_to_column(const T* row, int64_t count, T* column, int64_t stride) {
   for (int64_t n = 0; n < count; ++n) column[n * stride] = row[n];
