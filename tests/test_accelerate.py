@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import io
 import pickle
 import subprocess
@@ -452,3 +453,35 @@ def test_autocast_follows_the_rule(arguments):
     for name, result, expected, exact_value in zip(names, *results, best, strict=True):
         assert_follows_rule(result, exact_value, expected, name)
     assert results[0][0].dtype is torch.bfloat16
+
+
+class LowRank(nn.Module):
+    """A linear with two small ones beside it, as LoRA wraps it: only its call is that of a linear."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.down = inner, nn.Linear(inner.in_features, 2, bias=False)
+        self.up = nn.Linear(2, inner.out_features, bias=False)
+
+    def forward(self, x):
+        return self.inner(x) + self.up(self.down(x))
+
+
+def test_a_wrapped_qkv_is_called_as_it_is():
+    model = make("vit_tiny_patch16_224", depth=2, img_size=32)
+    model.blocks[1].attn.qkv = LowRank(model.blocks[1].attn.qkv)
+    x = image(model)
+    expected = model(x)
+    report = accelerate(model)
+    assert (report.switched, report.kept) == (2, {})
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fx_traces_an_accelerated_model():
+    model = make("vit_tiny_patch16_224", depth=2, img_size=32)
+    accelerate(model)
+    arguments = inspect.signature(model.forward).parameters.values()  # those of a mask are no part of the graph
+    given = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+    traced, x = torch.fx.symbolic_trace(model, concrete_args=given), image(model)
+    torch.testing.assert_close(traced(x), model(x))
+    assert sum(getattr(node.target, "__name__", "") == "attention" for node in traced.graph.nodes) == 2

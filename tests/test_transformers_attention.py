@@ -3,6 +3,8 @@
 import copy
 import importlib
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+import transformers
 from tiny_detectors import detr, yolos
 
 from vitkd_fast.accelerate import accelerate
@@ -126,6 +129,116 @@ def test_a_saved_model_does_not_ask_for_our_attention(tmp_path):
     assert loaded.config._attn_implementation == "sdpa"
     with torch.no_grad():
         torch.testing.assert_close(loaded(images()).logits, model(images()).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_a_pickle_runs_in_a_process_that_has_seen_nothing_of_ours(tmp_path):
+    model = yolos()
+    accelerate(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(model.config._attn_implementation, model(torch.zeros(1, 1, 16, 16)).logits.shape[0])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True, text=True)
+    assert ran.stdout.split() == [ours.NAME, "1"], ran.stderr
+
+
+def test_other_models_of_a_config_stay_as_they_were(shapes):
+    first = yolos()
+    config = first.config
+    second = type(first)(config)
+    accelerate(first)
+    assert first.config._attn_implementation == ours.NAME
+    assert config._attn_implementation == second.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        second(images())
+    assert shapes == []
+
+
+def clip(**config):
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 20, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    return transformers.CLIPModel._from_config(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8), **config
+    ).eval()
+
+
+def test_a_part_told_to_run_its_own_attention_is_left_alone():
+    model = clip(attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
+    report = accelerate(model)
+    assert report.switched == 2 and all(name.startswith("vision_model") for name in switched(model))
+    assert set(report.kept.values()) == {"the model was told to run on 'eager'"} and len(report.kept) == 2
+    tokens = torch.tensor([[0, 5, 1]])
+    assert len(model.text_model(tokens, output_attentions=True).attentions) == 2
+
+
+def switched(model):
+    return [name for name, module in model.named_modules() if runs_ours(module)]
+
+
+def runs_ours(module):
+    return hasattr(module, "is_causal") and module.config._attn_implementation == ours.NAME
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+KEPT = {
+    "relative positions": (
+        lambda: transformers.BeitModel(
+            transformers.BeitConfig(**SMALL, image_size=16, patch_size=8, use_relative_position_bias=True)
+        ),
+        "adds a relative position bias",
+        0,
+    ),
+    "windows": (
+        lambda: transformers.SwinModel(
+            transformers.SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[2], num_heads=[2], window_size=4)
+        ),
+        "adds a relative position bias",
+        0,
+    ),
+    "fewer keys": (
+        lambda: transformers.SegformerModel(
+            transformers.SegformerConfig(
+                num_encoder_blocks=2,
+                depths=[1, 1],
+                sr_ratios=[2, 1],
+                hidden_sizes=[8, 16],
+                num_attention_heads=[1, 2],
+                patch_sizes=[3, 3],
+                strides=[2, 2],
+                mlp_ratios=[2, 2],
+            )
+        ),
+        "has keys of its own",
+        1,
+    ),
+    "eager": (
+        lambda: transformers.ViTModel._from_config(
+            transformers.ViTConfig(**SMALL, image_size=16, patch_size=8), attn_implementation="eager"
+        ),
+        "told to run on 'eager'",
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_the_report_names_what_does_not_run_on_ours(shapes, case):
+    build, reason, count = KEPT[case]
+    model = build().eval()
+    report = accelerate(model)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 16, 16))
+    assert report.switched == len(shapes) == count
+    assert report.kept and all(reason in each for each in report.kept.values())
+
+
+def test_a_causal_model_is_left_alone():
+    model = transformers.GPT2Model(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=10))
+    report = accelerate(model)
+    assert report.switched == 0 and all("is causal" in reason for reason in report.kept.values())
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_models_are_found_inside_others():

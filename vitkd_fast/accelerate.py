@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitkd_fast import ops
 from vitkd_fast.ops.attention import MAX_HEAD_DIM
-from vitkd_fast.transformers_attention import is_of_transformers, switch
+from vitkd_fast.transformers_attention import has_position_bias, is_of_transformers, switch
 
 # timm's attention of ViT and DeiT: its home today, and before timm 1.0.20. Matched by name, so that neither
 # `import vitkd_fast` nor `accelerate` imports timm: a model with timm blocks has imported it already.
@@ -60,10 +60,11 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     transformers that run on torch's attention (`attn_implementation="sdpa"`, their default); and the GELUs of all to
     `vitkd_fast.ops.gelu`.
 
-    Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle and torch.compile stay as they were; calling
-    it again changes nothing. A block that needs what the op lacks keeps its own code, and so does a single call that
-    does: an attention mask, or attention dropout in training mode. Setting a block's `fused_attn` to False, timm's way
-    to have the attention weights in memory, turns the op off there.
+    Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx stay as they were
+    (torch.jit.script, which torch has deprecated, does not); calling it again changes nothing. A block that needs what
+    the op lacks keeps its own code, and so does a single call that does: an attention mask, or attention dropout in
+    training mode. Setting a block's `fused_attn` to False, timm's way to have the attention weights in memory, turns
+    the op off there.
 
     Args:
         model: any module tree; blocks are found wherever they are in it.
@@ -71,7 +72,7 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     Returns:
         How many blocks were switched, and why each of the others was kept; `print` it.
     """
-    switched, kept, eval_only = switch(model), {}, []
+    switched, kept, eval_only = switch(model)
     for name, module in model.named_modules():
         if not _is_attention(module) or is_of_transformers(module):
             continue
@@ -81,10 +82,10 @@ def accelerate(model: nn.Module) -> AccelerateReport:
             continue
         if not isinstance(module, _FusedAttention):
             module.__class__ = _fused_class(type(module))
-        switched += 1
+        switched.append(name)
         if _dropout(module) > 0:
             eval_only.append(name)
-    return AccelerateReport(switched, kept, tuple(eval_only), _switch_activations(model))
+    return AccelerateReport(len(switched), kept, tuple(eval_only), _switch_activations(model))
 
 
 class _FusedAttention(nn.Module):
@@ -190,9 +191,8 @@ def _reason_to_keep(module: Any) -> str | None:
         return f"this version of timm's Attention has parts unknown here: {', '.join(sorted(unknown))}"
     if not getattr(module, "fused_attn", True):
         return "fused_attn is off, which asks for the attention weights in memory"
-    head_dim = module.qkv.out_features // (3 * module.num_heads)
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
+    if module.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {module.head_dim} is above {MAX_HEAD_DIM}"
     return None
 
 
@@ -200,7 +200,6 @@ def _foreign_reason(module: nn.Module) -> str:
     name = type(module).__name__
     if "rope" in inspect.signature(type(module).forward).parameters:
         return f"{name} rotates queries and keys (rotary position embedding)"
-    parts = [part for part, _ in (*module.named_parameters(), *module.named_buffers())]
-    if any(word in part for part in parts for word in ("rel_pos", "relative_position", "attention_bias")):
+    if has_position_bias(module):
         return f"{name} adds a relative position bias"
     return f"{name} is not the self-attention of timm's ViT"

@@ -1,5 +1,7 @@
 """`vitkd_fast.ops.attention` as an attention of transformers' models, among those that they can be switched to."""
 
+import copy
+import inspect
 from typing import Any
 
 import torch
@@ -10,28 +12,99 @@ from vitkd_fast.ops.attention import MAX_HEAD_DIM
 
 NAME = "vitkd"
 PROJECTIONS = ({"query", "key", "value"}, {"q_proj", "k_proj", "v_proj"})  # what attention modules call their layers
+BIASES = ("rel_pos", "relative_position", "attention_bias")  # what parameters of a bias of the scores are called
+BIASED = ("use_relative_position_bias", "use_shared_relative_position_bias")  # ... where a config tells of one
+FEWER_KEYS = {"sr", "sequence_reduction"}
+DROPOUTS = ("dropout_prob", "attention_dropout", "dropout", "attn_dropout")
 
 
-def switch(model: Any) -> int:
-    """Let the models of transformers in `model` that run on torch's attention run on ours; how many self-attentions do.
+def switch(model: nn.Module) -> tuple[list[str], dict[str, str], list[str]]:
+    """Let the models of transformers in `model` that run on torch's attention run on ours.
 
-    A call that our attention is not for, with a mask, a bias, dropout or queries of other keys, goes to torch's.
+    Returns the names of the blocks that do, why each of the others does not, and which of the first have dropout. A
+    call that our attention is not for, with a mask, a bias, dropout or queries of other keys, goes to torch's.
     """
-    count = 0
+    blocks = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    kept = {name: reason for name, module in blocks.items() if (reason := _reason_to_keep(module))}
+    blocks = {name: module for name, module in blocks.items() if name not in kept}
+    if any(block.config._attn_implementation != NAME for block in blocks.values()):
+        _own_configs(model)
+        _register()
+    configs = {id(block.config) for block in blocks.values()}
+    module: Any
     for module in model.modules():
-        if hasattr(module, "set_attn_implementation") and module.config._attn_implementation in ("sdpa", NAME):
-            from transformers import AttentionInterface, AttentionMaskInterface
-            from transformers.masking_utils import sdpa_mask
+        if hasattr(module, "set_attn_implementation") and id(module.config) in configs:
+            if module.config._attn_implementation != NAME:
+                module.set_attn_implementation({"": NAME})  # and not what it is made of
+            module.vitkd_registration = _Registration()
+    for name, block in blocks.items():
+        if block.config._attn_implementation != NAME:
+            kept[name] = f"{type(block).__name__} is part of no model that can be switched"
+    switched = [name for name in blocks if name not in kept]
+    return switched, kept, [name for name in switched if _dropout(blocks[name]) > 0]
 
-            AttentionInterface.register(NAME, attention)
-            AttentionMaskInterface.register(NAME, sdpa_mask)  # an attention without it is never given a mask
-            module.set_attn_implementation(NAME)
+
+class _Registration:
+    """Part of every switched model, so that unpickling one in another process registers its attention there."""
+
+    def __init__(self):
+        _register()
+
+    def __reduce__(self):
+        return _Registration, ()
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # an attention without it is never given a mask
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Give the model configs of its own: the choice of an attention stands there, and models may share them."""
+    copies: dict = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == NAME:
-            projects = any(names <= {name for name, _ in module.named_children()} for names in PROJECTIONS)
-            count += projects and "Cross" not in type(module).__name__
-    return count
+        if hasattr(vars(module).get("config"), "_attn_implementation"):
+            module.config = copy.deepcopy(module.config, copies)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return is_of_transformers(module) and (
+        _asks_the_interface(module) or any(names <= set(module._modules) for names in PROJECTIONS)
+    )
+
+
+def _asks_the_interface(module: nn.Module) -> bool:
+    """Whether it looks up its attention among those that are registered."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _reason_to_keep(module: Any) -> str | None:
+    name = type(module).__name__
+    if not _asks_the_interface(module) or not hasattr(getattr(module, "config", None), "_attn_implementation"):
+        return f"{name} has an attention of its own"
+    if module.config._attn_implementation not in ("sdpa", NAME):
+        return f"the model was told to run on {module.config._attn_implementation!r}"
+    if "Cross" in name or FEWER_KEYS & set(module._modules):
+        return f"{name} has keys of its own"
+    if getattr(module, "is_causal", False):
+        return f"{name} is causal"
+    if has_position_bias(module) or any(getattr(module.config, flag, False) for flag in BIASED):
+        return f"{name} adds a relative position bias"
+    return None
+
+
+def has_position_bias(module: nn.Module) -> bool:
+    parts = [part for part, _ in (*module.named_parameters(), *module.named_buffers())]
+    return any(word in part for part in parts for word in BIASES)
+
+
+def _dropout(module: nn.Module) -> float:
+    probabilities = (getattr(module, name, 0.0) for name in DROPOUTS)
+    return max(getattr(probability, "p", probability) for probability in probabilities)
 
 
 def is_of_transformers(module: nn.Module) -> bool:

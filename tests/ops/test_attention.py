@@ -317,6 +317,27 @@ def test_gradcheck(size):
     assert torch.autograd.gradcheck(attention, (qkv,), nondet_tol=0.0)
 
 
+def test_gradgradcheck():
+    qkv = draw(2, 5, 2, 4, torch.float64)[0].requires_grad_()
+    assert torch.autograd.gradgradcheck(attention, (qkv,))
+
+
+@pytest.mark.parametrize("head_dim", [16, 160])
+def test_the_output_is_contiguous_whatever_qkv_is(head_dim):
+    qkv = draw(17, 3, 2, head_dim, torch.float32)[0].transpose(0, 1)
+    out = attention(qkv)
+    assert out.is_contiguous() and out.shape == (3, 17, 2 * head_dim)
+    assert attention_formula(draw(1, 63, 2, 1, torch.float32)[0], 1.0).is_contiguous()
+
+
+def test_scores_beyond_float16_are_scaled_before_they_overflow():
+    qkv = draw(1, 64, 2, 64, torch.float32)[0] * 30
+    qkv[:, :, 1] = qkv[:, :, 0]
+    expected = attention_formula(qkv.double(), 0.125)
+    for out in (attention(qkv.half(), 0.125), attention_formula(qkv.half(), 0.125)):
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=0.1)
+
+
 def test_gradcheck_through_a_strided_view():
     base = draw(2, 6, 2, 10, torch.float64)[0].requires_grad_()
     assert torch.autograd.gradcheck(lambda base: attention(base[:, ::2, :, :, 1:], scale=0.7), (base,), nondet_tol=0.0)

@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from testing_rules import assert_native, needs_native
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vitkd_fast import backends
-from vitkd_fast.ops import attention, gelu, kd_loss
-from vitkd_fast.ops.attention import attention_formula
-from vitkd_fast.ops.kd_loss import KINDS, kd_rows_formula
+from vitkd_fast.ops import attention, kd_loss
+from vitkd_fast.ops.kd_loss import KINDS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -295,47 +293,6 @@ def test_the_other_side_gets_no_gradient():
     kd_loss(student.requires_grad_(), teacher).backward()
     assert student.grad is not None
     assert teacher.grad is None
-
-
-@pytest.mark.parametrize("way", ["jvp", "dual numbers"])
-@pytest.mark.parametrize("op", ["attention", "kd_loss", "kd_loss rows", "gelu"])
-def test_forward_mode_is_the_formulas(op, way):
-    function, formula, x = {
-        "attention": (attention, lambda x: attention_formula(x, 16**-0.5), packed(1, 5, 3, 1, 16)),
-        "kd_loss": (lambda x: kd_loss(*x), lambda x: kd_rows_formula(*x, "kl", 1.0).mean(), packed(2, 9, 10)),
-        "kd_loss rows": (
-            lambda x: kd_loss(*x, reduction="none"),
-            lambda x: kd_rows_formula(*x, "kl", 1.0),
-            packed(2, 9, 10),
-        ),
-        "gelu": (gelu, F.gelu, packed(4, 5)),
-    }[op]
-    direction = torch.linspace(-1, 1, x.numel()).view_as(x)
-    expected = torch.func.jvp(formula, (x,), (direction,))[1]
-    if way == "jvp":
-        tangent = torch.func.jvp(function, (x,), (direction,))[1]
-    else:
-        with forward_ad.dual_level():
-            tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, direction))).tangent
-    assert expected.abs().max() > 0
-    torch.testing.assert_close(tangent, expected)
-
-
-def test_second_derivative_of_attention_is_an_error():
-    qkv = packed(1, 5, 3, 1, 16).requires_grad_()
-    (grad,) = torch.autograd.grad(attention(qkv).square().sum(), qkv, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_second_derivative_of_kd_loss_is_an_error(kind):
-    """Above all where the loss is squared: part of the graph exists there, and its gradient would be wrong."""
-    student, teacher = (tensor.requires_grad_() for tensor in logits())
-    loss = kd_loss(student, teacher, kind=kind).square()
-    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize(

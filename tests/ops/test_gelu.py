@@ -157,3 +157,9 @@ def test_bad_arguments_of_the_op():
     for grad in (x[:3], x.half(), x.T):
         with pytest.raises(RuntimeError, match="grad must"):
             torch.ops.vitkd.gelu_backward(grad, x)
+
+
+def test_strided_nested_tensors_are_torchs():
+    x = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)])
+    for mine, torchs in zip(gelu(x).unbind(), F.gelu(x).unbind(), strict=True):
+        assert torch.equal(mine, torchs)

@@ -417,6 +417,41 @@ def test_gradients_of_the_public_function(device, reduction, upstream, dtype):
     ].abs().max() + 1e-7
 
 
+def test_what_becomes_of_a_gradient_does_not_change_the_next():
+    """A sum into a view, a hook, a change by hand: each in place, on what an earlier backward handed out."""
+    student, teacher = draw(4, 10, torch.float32)
+    exact = torch.autograd.grad(kd_loss(x := student.clone().requires_grad_(), teacher), x)[0]
+    flat = student.flatten().requires_grad_()
+    loss = kd_loss(flat.view(4, 10), teacher)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close(flat.grad, 3 * exact.flatten())
+    hooked = student.clone().requires_grad_()
+    (between := hooked * 1).register_hook(lambda grad: grad.mul_(2))
+    loss = kd_loss(between, teacher)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(loss, hooked, retain_graph=True)
+        torch.testing.assert_close(grad.mul_(1), 2 * exact)
+        grad.zero_()
+
+
+@pytest.mark.parametrize("kind", ["kl", "js"])
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+def test_a_loss_scale_saves_small_gradients_of_float16(kind, temperature):
+    """Unscaled, a third of them would be no float16."""
+    torch.manual_seed(0)
+    logits = (torch.randn(2, 16, 20000) * 3).half().unbind(0)
+
+    def gradient(student, teacher):
+        student = student.clone().requires_grad_()
+        (kd_loss(student, teacher, kind=kind, temperature=temperature) * 65536).backward()
+        return student.grad.double()
+
+    found, expected = gradient(*logits), gradient(*(side.float() for side in logits))
+    assert ((found - expected).abs() / expected.abs()).median() < 1e-3
+    assert (found == 0).double().mean() < 0.02
+
+
 def test_the_mean_of_an_empty_batch_differentiates():
     student, teacher = (tensor.requires_grad_() for tensor in draw(0, 10, torch.float32))
     kd_loss(student, teacher).backward()

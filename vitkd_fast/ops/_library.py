@@ -39,22 +39,18 @@ def differentiate(name: str, backward: Callable, setup_context: Callable) -> Non
         torch.library.register_autograd(op, partial(backward, ops), setup_context=setup_context, lib=library)
 
 
-def forbid_double_backward(name: str) -> None:
-    """Make differentiating a backward op an error that says so, instead of a silent zero."""
-
-    def backward(ops, ctx, *grads):
-        raise NotImplementedError(
-            f"{name} has no second derivative; use the formula in vitkd_fast.ops for gradients of gradients"
-        )
-
-    differentiate(name, backward, lambda ctx, inputs, output: None)
+def number(name: str, value: float) -> float:
+    """A scalar argument as a float, which takes a tensor out of the graph: an error where somebody waits for that."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} is a tensor that requires a gradient, and would get none; pass a number.")
+    return float(value)
 
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are real tensors in eager mode, which nothing traces or transforms.
 
     Then the public functions differentiate with a node of their own around the op's kernel, which spares the host some
-    10 µs a step; `differentiate` serves everything else: torch.compile, export, torch.func, subclasses.
+    10 µs a step; `differentiate` serves everything else: torch.compile, export, subclasses.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
@@ -64,9 +60,10 @@ def is_plain(*tensors: Tensor) -> bool:
     return True
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives are under way: an op with a gradient of its own would drop them in silence."""
-    return forward_ad._current_level >= 0
+def transformed() -> bool:
+    """Whether forward-mode derivatives or torch.func's transforms are under way, for which there are formulas: an op
+    with a gradient of its own drops the former in silence and has no rule for the latter."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

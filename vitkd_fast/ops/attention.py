@@ -3,17 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import (
-    Below,
-    autocast_dtype,
-    define,
-    differentiate,
-    forbid_double_backward,
-    forward_mode,
-    is_plain,
-)
+from vitkd_fast.ops._library import Below, autocast_dtype, define, differentiate, is_plain, number, transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 128  # of the fused kernels; wider heads go to torch's scaled_dot_product_attention
@@ -22,15 +15,19 @@ MAX_HEAD_DIM = 128  # of the fused kernels; wider heads go to torch's scaled_dot
 def attention_formula(qkv: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T) v in plain torch ("Attention Is All You Need", eq. 1): what every kernel must match."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
-    weights = torch.softmax(query @ key.mT * scale, dim=-1)  # (B, H, N, N)
-    return (weights @ value).transpose(1, 2).flatten(2)  # (B, N, H*D)
+    weights = _weights(query, key, scale)  # (B, H, N, N)
+    return (weights @ value).transpose(1, 2).flatten(2).contiguous()  # (B, N, H*D)
+
+
+def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    return torch.softmax(query * scale @ key.mT, dim=-1)  # scaled first: float16 ends at 65,504
 
 
 def attention_backward_formula(grad_out: Tensor, qkv: Tensor, scale: float) -> Tensor:
     """The gradient of `attention_formula` with respect to qkv, written out."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     grad_out = grad_out.unflatten(2, qkv.shape[3:]).transpose(1, 2)  # (B, H, N, D)
-    weights = torch.softmax(query @ key.mT * scale, dim=-1)
+    weights = _weights(query, key, scale)
     grad_weights = grad_out @ value.mT
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
     grads = grad_scores @ key, grad_scores.mT @ query, weights.mT @ grad_out
@@ -48,9 +45,15 @@ def _attention_fake(qkv, scale, bfloat16=False):
 
 # With bfloat16, a float32 qkv on the CPU gives a bfloat16 output, and no rounded copy of it is made.
 define("attention(Tensor qkv, float scale, bool bfloat16=False) -> Tensor", formula=_attention, fake=_attention_fake)
+
+
+def _attention_backward(grad_out, qkv, scale):
+    return attention_backward_formula(grad_out, qkv.to(grad_out.dtype), scale).to(qkv.dtype)
+
+
 define(
     "attention_backward(Tensor grad_out, Tensor qkv, float scale) -> Tensor",
-    formula=lambda grad_out, qkv, scale: attention_backward_formula(grad_out, qkv.to(grad_out.dtype), scale).to(qkv),
+    formula=_attention_backward,
     fake=lambda grad_out, qkv, scale: qkv.new_empty(qkv.shape),
 )
 
@@ -62,7 +65,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ops, ctx, grad_out):
     (qkv,) = ctx.saved_tensors
-    return ops.attention_backward(grad_out, qkv, ctx.scale), None, None
+    # create_graph asks for a gradient that can be differentiated again
+    backward = _attention_backward if torch.is_grad_enabled() else ops.attention_backward
+    return backward(grad_out, qkv, ctx.scale), None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -77,15 +82,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        (qkv,) = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain(grad_out):  # create_graph, or traced
-            return ctx.ops.attention_backward(grad_out, qkv, ctx.scale), None, None, None
+            return *_backward(ctx.ops, ctx, grad_out), None
+        (qkv,) = ctx.saved_tensors
         with Below():
             return ctx.ops.attention_backward(grad_out, qkv, ctx.scale), None, None, None
 
 
 differentiate("attention", _backward, _setup_context)
-forbid_double_backward("attention_backward")
 
 
 def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -105,19 +109,21 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
     Heads wider than 128, a single token and, on a GPU, sequences of more tokens than our kernels are good for (see
     `vitkd_fast.choice`) are computed by torch's scaled_dot_product_attention. The gradient is deterministic wherever
-    ours compute it, and has no second derivative; in forward mode the formula is differentiated. Source: Vaswani et al.
-    2017, eq. 1.
+    ours compute it. Second derivatives, forward mode and torch.func are the formula's, with its N×N matrices. Source:
+    Vaswani et al. 2017, eq. 1.
     """
+    if has_torch_function_unary(qkv):
+        return handle_torch_function(attention, (qkv,), qkv, scale=scale)
     _check(qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     dtype = autocast_dtype(qkv)
+    if transformed():
+        return attention_formula(qkv.to(dtype), scale)
     gradient = qkv.requires_grad and torch.is_grad_enabled()
     name, _ = choose(qkv.device, dtype, qkv.shape[-1], qkv.shape[1], gradient)
     if name == "sdpa":
         query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-    if forward_mode():
-        return attention_formula(qkv.to(dtype), scale)
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2).contiguous()
     bfloat16 = dtype is torch.bfloat16 and qkv.dtype is torch.float32 and qkv.device.type == "cpu"
     if qkv.dtype is not dtype and not bfloat16:
         qkv = qkv.to(dtype)

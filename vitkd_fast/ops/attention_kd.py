@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vitkd_fast.ops._library import transformed
 from vitkd_fast.ops._precise import (
     Reduction,
     check_choice,
@@ -157,7 +158,7 @@ def attention_kd(
         )
     scales = student_scale, teacher_scale
     with without_autocast(student.device):
-        if student.dim() == teacher.dim() == 5:
+        if student.dim() == teacher.dim() == 5 and not transformed():
             losses = _Recomputed.apply(student, teacher, kind, average_heads, scales)
         else:
             (_, log_q), (_, log_p) = _log_maps(student, teacher, average_heads, scales)

@@ -5,8 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from vitkd_fast.ops._library import LIBRARY, Below, forward_mode, is_plain
+from vitkd_fast.ops._library import LIBRARY, Below, is_plain, transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the CPU's kernel
 
@@ -49,6 +50,10 @@ class _Gelu(torch.autograd.Function):
             return torch.ops.vitkd.gelu_backward(grad.contiguous(), x)
 
 
+def _fits(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in DTYPES and not x.is_nested and x.is_contiguous()
+
+
 def gelu(x: Tensor) -> Tensor:
     """x Φ(x), Φ the normal distribution: torch's `gelu` without approximation, on the CPU by a faster kernel.
 
@@ -61,7 +66,9 @@ def gelu(x: Tensor) -> Tensor:
 
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
     """
-    if not (x.is_cpu and x.dtype in DTYPES and x.is_contiguous() and is_plain(x)) or forward_mode():
+    if has_torch_function_unary(x):
+        return handle_torch_function(gelu, (x,), x)
+    if not is_plain(x) or transformed() or not _fits(x):
         return F.gelu(x)
     if x.requires_grad and torch.is_grad_enabled():
         return _Gelu.apply(x)

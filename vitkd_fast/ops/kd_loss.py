@@ -5,9 +5,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import LIBRARY, Below, define, differentiate, forward_mode, is_plain
+from vitkd_fast.ops._library import LIBRARY, Below, define, differentiate, is_plain, number, transformed
 
 Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
 Reduction = Literal["batchmean", "none"]
@@ -115,46 +116,47 @@ LIBRARY.impl("scale_", _scale_formula, "CompositeExplicitAutograd")
 
 
 def _setup_context(ctx, inputs, output):
-    _, student_grad, teacher_grad = output
-    ctx.weight, ctx.mean = inputs[6:]
-    ctx.rows = inputs[0].shape[0]
-    ctx.mark_non_differentiable(student_grad, teacher_grad)
+    student, teacher, kind, ctx.temperature, _, _, ctx.weight, ctx.mean = inputs
+    _, *grads = output
+    ctx.kind = KINDS[kind]
+    ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student_grad, teacher_grad)
-
-
-class _Once(torch.autograd.Function):
-    """Marks a gradient in which the logits' part is lost, so that it must not be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, grad):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            "kd_loss has no second derivative; for gradients of gradients use kd_rows_formula in vitkd_fast.ops.kd_loss"
-        )
-
-
-def _scaled(ctx, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The saved gradients where they are needed, times `factor` unless it is None."""
-    student, teacher = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    return _times(student, factor) if needed[0] else None, _times(teacher, factor) if needed[1] else None
-
-
-def _times(grad: Tensor, factor: Tensor | None) -> Tensor:
-    if factor is not None:
-        grad = (grad * factor).to(grad.dtype)
-    return _Once.apply(grad) if torch.is_grad_enabled() else grad  # where create_graph asks for a graph
+    ctx.save_for_backward(student, teacher, *grads)
 
 
 def _backward(ops, ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    factor = grad / (ctx.weight * ctx.rows) if ctx.mean else (grad / ctx.weight).unsqueeze(1)
-    return *_scaled(ctx, factor), None, None, None, None, None, None
+    share = 1 / max(ctx.saved_tensors[0].shape[0], 1) if ctx.mean else 1.0
+    factor = grad if ctx.mean else grad.unsqueeze(1)
+    if torch.is_grad_enabled():
+        return *_differentiable(ctx, factor * share), None, None, None, None, None, None
+    return *_scaled(ctx, factor * (share / ctx.weight)), None, None, None, None, None, None
+
+
+def _scaled(ctx, factor: Tensor | None) -> list[Tensor | None]:
+    """The saved gradients where they are needed, times `factor` unless it is None."""
+    return [
+        (grad if factor is None else (grad * factor).to(grad.dtype)) if needed else None
+        for grad, needed in zip(ctx.saved_tensors[2:], ctx.needs_input_grad)
+    ]
+
+
+def _differentiable(ctx, factor: Tensor) -> list[Tensor | None]:
+    """The gradients once more, from the logits, as create_graph asks for what can be differentiated again."""
+    student, teacher = ctx.saved_tensors[:2]
+    precise = _row_dtype(student)
+    grads = kd_grads_formula(student.to(precise), teacher.to(precise), ctx.kind, ctx.temperature)
+    return [(grad * factor).to(student.dtype) if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
+
+
+def _kept_weight(student: Tensor, kind: int, temperature: float, wanted: tuple[bool, ...]) -> float | None:
+    """What float16 gradients are multiplied by as long as they are kept, lest they underflow before a loss scale makes
+    up for it: a power of two, where they are known not to grow beyond the temperature; None for other dtypes."""
+    if student.dtype is not torch.float16:
+        return None
+    bounded = KINDS[kind] == "js" or (KINDS[kind] == "kl" and not wanted[1])
+    return 2.0 ** max(0, 8 - math.ceil(math.log2(max(temperature, 1)))) if bounded else 1.0
 
 
 class _Loss(torch.autograd.Function):
@@ -166,32 +168,31 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, ops, kind, temperature, mean):
-        ctx.mean = mean
-        ctx.rest = weight = 1.0
-        if mean:
-            # float16 might lose a gradient divided by B to underflow, before a loss scale makes up for it
-            share = 1 / max(student.shape[0], 1)
-            if student.dtype is torch.float16:
-                ctx.rest = share
-            else:
-                weight = share
+        ctx.kind, ctx.temperature, ctx.mean = KINDS[kind], temperature, mean
+        wanted = ctx.needs_input_grad[:2]
+        ctx.share = 1 / max(student.shape[0], 1) if mean else 1.0
+        weight = _kept_weight(student, kind, temperature, wanted) or ctx.share
+        ctx.rest = ctx.share / weight
         with Below():
-            loss, *grads = ops.kd_loss(student, teacher, kind, temperature, *ctx.needs_input_grad[:2], weight, mean)
-        ctx.save_for_backward(*grads)
+            loss, *grads = ops.kd_loss(student, teacher, kind, temperature, *wanted, weight, mean)
+        ctx.save_for_backward(student, teacher, *grads)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         factor = grad if ctx.mean else grad.unsqueeze(1)
-        # a real number, and nobody records the ops that work with it
-        visible = ctx.mean and is_plain(grad) and not torch._C._len_torch_dispatch_stack()
-        if visible and grad.is_cuda and not _asked_again():
+        if torch.is_grad_enabled():
+            return *_differentiable(ctx, factor * ctx.share), None, None, None, None
+        # a real number, nobody records the ops that work with it, and nobody asks for the saved gradients again
+        known = ctx.mean and is_plain(grad) and not torch._C._len_torch_dispatch_stack()
+        known = known and not torch._C._autograd._get_current_graph_task_keep_graph()
+        if known and grad.is_cuda:
             with Below():
-                torch.ops.vitkd.scale_(*ctx.saved_tensors, grad, ctx.rest)
+                torch.ops.vitkd.scale_(*ctx.saved_tensors[2:], grad, ctx.rest)
             factor = None
         elif ctx.rest != 1:
             factor = factor * ctx.rest
-        elif visible and _is_one(grad):
+        elif known and grad.is_cpu and grad.item() == 1:
             factor = None
         return *_scaled(ctx, factor), None, None, None, None
 
@@ -203,16 +204,6 @@ def _ops(logits: Tensor):
             if most is None or logits.shape[1] <= most:
                 return torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
     return torch.ops.vitkd
-
-
-def _asked_again() -> bool:
-    """Whether the graph outlives this backward, whose saved gradients must then stay as they are."""
-    return torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def _is_one(grad: Tensor) -> bool:
-    """Looks only where looking costs nothing: on the CPU."""
-    return grad.is_cpu and grad.item() == 1
 
 
 differentiate("kd_loss", _backward, _setup_context)
@@ -239,32 +230,38 @@ def kd_loss(
         reduction: "batchmean" (the mean over rows) or "none" (each row's loss).
 
     Returns:
-        A scalar or (B,), in float32 (float64 for float64 logits) whatever the logits' dtype. In nats.
+        A scalar or (B,), in float32 (float64 for float64 logits) whatever the logits' dtype. In nats. Second
+        derivatives, forward mode and torch.func are the formula's.
 
     Raises:
         ValueError: shapes that are not equal and (B, C) with C >= 1, an unknown kind or reduction, a bad temperature.
         TypeError, RuntimeError: a dtype that is none of the above, logits on different devices.
     """
+    if has_torch_function_variadic(student_logits, teacher_logits):
+        both = student_logits, teacher_logits
+        return handle_torch_function(kd_loss, both, *both, kind=kind, temperature=temperature, reduction=reduction)
+    temperature = number("temperature", temperature)
     _check(student_logits, teacher_logits, kind, temperature, reduction)
     student, teacher, dtype = student_logits, teacher_logits, student_logits.dtype
     if teacher.dtype is not dtype:
         dtype = torch.promote_types(dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
     mean = reduction == "batchmean"
-    if forward_mode() or (dtype is torch.float64 and student.is_cuda):  # the CUDA kernels have no float64
+    if transformed() or (dtype is torch.float64 and student.is_cuda):  # the CUDA kernels have no float64
         student, teacher = student.to(_row_dtype(student)), teacher.to(_row_dtype(teacher))
         rows = kd_rows_formula(student, teacher, kind, temperature)
         return rows.mean() if mean else rows
     enabled = torch.is_grad_enabled()
     wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
-    ops, number, temperature = _ops(student), KINDS.index(kind), float(temperature)
-    if not is_plain(student, teacher):
-        rows, _, _ = ops.kd_loss(student, teacher, number, temperature, *wanted)
-        return rows.mean() if mean else rows
-    if wanted[0] or wanted[1]:
-        return _Loss.apply(student, teacher, ops, number, temperature, mean)
-    with Below():
-        return ops.kd_loss(student, teacher, number, temperature, False, False, 1.0, mean)[0]
+    ops, index = _ops(student), KINDS.index(kind)
+    if is_plain(student, teacher):
+        if wanted[0] or wanted[1]:
+            return _Loss.apply(student, teacher, ops, index, temperature, mean)
+        with Below():
+            return ops.kd_loss(student, teacher, index, temperature, False, False, 1.0, mean)[0]
+    weight = _kept_weight(student, index, temperature, wanted) or 1.0
+    rows, _, _ = ops.kd_loss(student, teacher, index, temperature, *wanted, weight)
+    return rows.mean() if mean else rows
 
 
 def _check(student: Tensor, teacher: Tensor, kind: str, temperature: float, reduction: str) -> None:
@@ -286,7 +283,7 @@ def _check(student: Tensor, teacher: Tensor, kind: str, temperature: float, redu
         raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; accepted: {', '.join(REDUCTIONS)}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 and finite.")
     if kind in ("l1", "mse") and temperature != 1:
         raise ValueError(f"kind {kind!r} compares raw logits, so temperature has no meaning there; leave it at 1.")

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from vitkd_fast.ops._library import transformed
 from vitkd_fast.ops._precise import (
     Reduction,
     check_choice,
@@ -112,6 +113,7 @@ def patch_similarity_entropy(tokens: Tensor, *, bandwidth: float = 0.05, reducti
     with without_autocast(tokens.device):
         units = unit_tokens(tokens.to(precise_dtype(tokens)))
         grid = similarity_grid(bandwidth, units)
-        density = _Density.apply((units @ units.mT).flatten(1), grid, bandwidth)
+        density_of = density_formula if transformed() else _Density.apply
+        density = density_of((units @ units.mT).flatten(1), grid, bandwidth)
         entropies = entropy_formula(density, bandwidth)
     return reduced(entropies, reduction)
