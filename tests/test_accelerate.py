@@ -14,7 +14,7 @@ from testing_rules import assert_follows_rule, assert_native
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vitkd_fast.accelerate import AccelerateReport, accelerate
+from vitkd_fast.accelerate import AccelerateReport, accelerate, decelerate
 
 try:
     import timm
@@ -485,3 +485,14 @@ def test_fx_traces_an_accelerated_model():
     traced, x = torch.fx.symbolic_trace(model, concrete_args=given), image(model)
     torch.testing.assert_close(traced(x), model(x))
     assert sum(getattr(node.target, "__name__", "") == "attention" for node in traced.graph.nodes) == 2
+
+
+def test_decelerate_gives_back_timms_own():
+    model = make("vit_tiny_patch16_224", depth=2, img_size=32)
+    x, classes = image(model), [type(module) for module in model.modules()]
+    expected = model(x)
+    accelerate(model)
+    assert [type(module) for module in model.modules()] != classes
+    decelerate(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(x), expected)

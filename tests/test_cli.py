@@ -74,16 +74,16 @@ def test_flags_are_the_fields_of_a_config(monkeypatch):
 
     # vitkd_fast.distill is the function; its module has the same name
     monkeypatch.setattr(importlib.import_module("vitkd_fast.distill"), "distill", recorded)
-    names = ("distill", "--teacher", "a", "--student", "b")
+    names = ("distill", "--teacher", "a", "--student", "b", "--out", "runs/b")
     cli.main(
         [*names, "--method", "dafl", "--generator-objectives", "total-variation=0.1", "one_hot=0", "--shift", "0.25"]
     )
     assert given.pop("evaluate") is None
     weights = {"one_hot": 0, "total_variation": 0.1}
-    assert Config(**given) == Config(method="dafl", shift=0.25, generator_objectives=weights)
+    assert Config(**given) == Config(method="dafl", shift=0.25, generator_objectives=weights, out="runs/b")
     cli.main([*names, "--student-objectives", "tokens=0.5", "--learn-latent"])
     given.pop("evaluate")
-    assert Config(**given) == Config(student_objectives={"tokens": 0.5}, learn_latent=True)
+    assert Config(**given) == Config(student_objectives={"tokens": 0.5}, learn_latent=True, out="runs/b")
 
 
 def test_methods_says_what_each_is(capsys):
@@ -111,6 +111,7 @@ def test_mistyped_flags_and_values_are_tyros_errors(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ((), "without --out nothing would be left of the student"),
         (("--steps", "0"), "steps is 0; accepted: an integer of at least 1."),
         (("--teacher-checkpoint", "absent.pt"), "teacher_checkpoint absent.pt is not a file."),
         (("--evaluate", "absent"), "evaluate is 'absent', not a folder"),
@@ -120,18 +121,19 @@ def test_mistyped_flags_and_values_are_tyros_errors(capsys):
         (("--student-objectives", "tokens=-1"), "student_objectives is {'logits': 1.0, 'tokens': -1.0}; accepted: "),
     ],
 )
-def test_what_a_user_can_put_right_is_one_line(capsys, arguments, message):
-    error = output_of(capsys, "distill", "--teacher", "test_vit", "--student", "test_vit", *arguments, code=2).err
+def test_what_a_user_can_put_right_is_one_line(capsys, tmp_path, arguments, message):
+    out = ("--out", str(tmp_path / "run")) if arguments else ()
+    error = output_of(capsys, "distill", "--teacher", "test_vit", "--student", "test_vit", *out, *arguments, code=2).err
     assert error.startswith(f"vitkd: {message}") and error.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise ValueError("not for users")
 
     monkeypatch.setattr("timm.is_model", broken)
     with pytest.raises(ValueError, match="not for users"):
-        cli.main(["distill", "--teacher", "test_vit", "--student", "test_vit"])
+        cli.main(["distill", "--teacher", "test_vit", "--student", "test_vit", "--out", str(tmp_path)])
 
 
 def test_distill_by_names_and_checkpoint(tmp_path, capsys):

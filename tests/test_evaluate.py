@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from vitkd_fast.evaluate import check, evaluate_pair
+from vitkd_fast.evaluate import check, evaluate_pair, tried
 from vitkd_fast.generator import ImageSpec
 
+CPU = torch.device("cpu")
 SPEC = ImageSpec(4, 4, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -32,8 +33,8 @@ def test_shares_are_exact_over_uneven_batches():
 
 
 def test_a_function_gives_accuracies():
-    result = evaluate_pair(Fixed(0), Fixed(1), lambda model: 0.25 + model.shift, SPEC)
-    assert result == {"teacher_accuracy": 0.25, "student_accuracy": 1.25, "agreement": None}
+    result = evaluate_pair(Fixed(0), Fixed(1), lambda model: 0.25 + model.shift / 2, SPEC)
+    assert result == {"teacher_accuracy": 0.25, "student_accuracy": 0.75, "agreement": None}
 
 
 def test_a_folder_of_images_is_normalised_as_the_teacher_wants(tmp_path):
@@ -58,3 +59,44 @@ def test_nothing_to_evaluate_and_wrong_kinds(tmp_path):
     with pytest.raises(TypeError, match="evaluate is a int; accepted: batches"):
         check(3)
     check(None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "given"),
+    [
+        (
+            (torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, dtype=torch.long)),
+            r"float32 \(2, 3, 4, 4\) and Tensor int64 \(2, 1\)",
+        ),
+        ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 4)), r"Tensor float32 \(2, 4\)"),
+        ((torch.zeros(3, 4, 4), 1), "int"),
+        ({"images": 1}, "dict"),
+        (torch.zeros(2, 3, 4, 4), r"Tensor float32 \(2, 3, 4, 4\)"),
+    ],
+)
+def test_what_is_no_batch_is_named(batch, given):
+    for use in (
+        lambda data: evaluate_pair(Fixed(0), Fixed(1), data, SPEC),
+        lambda data: tried(Fixed(0), data, SPEC, CPU),
+    ):
+        with pytest.raises(ValueError, match=f"evaluate has a batch of .*{given}; accepted: images"):
+            use([batch])
+
+
+@pytest.mark.parametrize("answer", [None, 87.5, float("nan"), -0.1, "high"])
+def test_what_is_no_accuracy_is_named(answer):
+    with pytest.raises(ValueError, match=r"evaluate answered .*; accepted: its accuracy, from 0 to 1"):
+        tried(Fixed(0), lambda model: answer, SPEC, CPU)
+
+
+def test_what_can_be_had_only_once_is_not_tried_before():
+    batches = iter([(torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.long))])
+    assert evaluate_pair(Fixed(0), Fixed(0), tried(Fixed(0), batches, SPEC, CPU), SPEC)["agreement"] == 1
+
+
+def test_a_function_is_asked_about_the_teacher_once():
+    asked, teacher, student = [], Fixed(0), Fixed(1)
+    data = tried(teacher, lambda model: asked.append(model) or 0.5, SPEC, CPU)
+    for _ in range(2):
+        evaluate_pair(teacher, student, data, SPEC)
+    assert asked == [teacher, student, student]

@@ -7,7 +7,16 @@ from torch import nn
 
 from vitkd_fast.config import Config
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.models import create_student, default_device, device_of, forward, frozen, image_spec, load_teacher
+from vitkd_fast.models import (
+    create_student,
+    default_device,
+    device_of,
+    forward,
+    frozen,
+    image_spec,
+    load_teacher,
+    normalisation_note,
+)
 
 timm = pytest.importorskip("timm")
 TEST_VIT = "test_vit"  # timm's own 0.37 M parameter ViT for tests, 160×160
@@ -126,6 +135,53 @@ def test_forward_gives_tokens_where_there_are_any():
     assert tokens.shape == (2, 1 + (32 // 16) ** 2, vit.embed_dim)
     assert forward(timm.create_model("test_resnet").eval(), images)[1] is None
     assert forward(nn.Flatten(), images)[1] is None
+
+
+def test_forward_is_the_call_of_the_model():
+    """With a forward of its own and with its hooks; its tokens are those of that call."""
+
+    class Flipped(TinyNet):
+        def forward(self, images):
+            return super().forward(images).flip(-1)
+
+    images = torch.randn(2, 1, 8, 8)
+    model = Flipped(4).eval()
+    hooked = TinyNet(4).eval()
+    hooked.load_state_dict(model.state_dict())
+    plain, tokens = forward(hooked, images)
+    hooked.register_forward_hook(lambda module, args, output: output.flip(-1))
+    for other in (model, hooked):
+        logits, seen = forward(other, images)
+        assert torch.equal(logits, other(images)) and torch.equal(logits, plain.flip(-1))
+        assert torch.equal(seen, tokens)
+        assert "forward_features" not in vars(other)
+    model.forward_features = lambda images: tokens * 2
+    assert torch.equal(forward(model, images)[1], tokens * 2)
+    assert "forward_features" in vars(model)
+
+
+def test_one_number_is_a_square_size():
+    model = TinyNet(4)
+    model.pretrained_cfg, model.patch_embed = None, nn.Module()
+    model.patch_embed.img_size = 24
+    spec = image_spec(model, Config())
+    assert (spec.height, spec.width) == (24, 24)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
+def test_wrapped_models_say_what_is_inside(wrap):
+    model = TinyNet(4)
+    assert image_spec(wrap(model), Config()) == image_spec(model, Config())
+    assert image_spec(model, Config()).std == (0.25,)
+
+
+def test_a_normalisation_that_nobody_knows_is_noted():
+    known, unknown = TinyNet(4), TinyNet(4)
+    unknown.pretrained_cfg = {"input_size": (1, 8, 8)}
+    assert normalisation_note(known, Config()) is None
+    assert "does not say the mean and std" in normalisation_note(unknown, Config())
+    assert "does not say the std of" in normalisation_note(unknown, Config(mean=(0.5,)))
+    assert normalisation_note(unknown, Config(mean=(0.5,), std=(0.5,))) is None
 
 
 def test_frozen_gives_back_every_mode_and_flag_even_after_an_error():

@@ -17,15 +17,20 @@ QUICK = {
 OFTEN = {"save_minutes": 1e-9}  # after every step
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """What no run is prepared for."""
 
 
 def killed(*, at, folder, teacher=tiny_teacher, student=tiny_student, **options):
     """A run that ends in its step `at`, without a report."""
 
+    asked = []
+
     def stop(model):
-        raise Killed
+        asked.append(model)
+        if len(asked) > 1:  # the first is for the teacher's accuracy, before the run
+            raise Killed
+        return 0.5
 
     with pytest.raises(Killed):
         distill(teacher(), student(), out=folder, evaluate=stop, evaluate_every=at, **QUICK | OFTEN | options)
@@ -178,3 +183,20 @@ def test_saving_changes_nothing_and_can_be_turned_off(tmp_path):
 def test_resume_wants_a_folder_to_itself(options, told):
     with pytest.raises(ValueError, match=f"resume is True, but {told}"):
         distill(tiny_teacher(), tiny_student(), resume=True, **options)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    number = pytest.importorskip("numpy").float64(0.01)
+    options = {"student_lr": number, "student_objectives": {"logits": number * 100}}
+    killed(at=5, folder=tmp_path, **options)
+    assert distill(tiny_teacher(), tiny_student(), out=tmp_path, resume=True, **QUICK | options).report.steps == 13
+
+
+def test_what_could_not_be_read_back_is_not_called_saved(tmp_path, monkeypatch):
+    from vitkd_fast.run import Log
+
+    remembers = Log.state_dict
+    monkeypatch.setattr(Log, "state_dict", lambda self: {**remembers(self), "of_its_own": Killed})
+    report = distill(tiny_teacher(), tiny_student(), out=tmp_path, **QUICK | OFTEN).report
+    assert any(note.startswith("the run could not be saved: ") for note in report.notes)
+    assert not (tmp_path / SAVED).exists()

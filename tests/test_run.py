@@ -1,5 +1,6 @@
 """The run folder: complete, readable by other tools, and never a finished run overwritten unasked."""
 
+import contextlib
 import json
 
 import pytest
@@ -119,3 +120,63 @@ def test_metrics_are_valid_json_when_a_window_has_no_generator_step(tmp_path):
     distill(tiny_teacher(), tiny_student(), steps=6, out=tmp_path, **{**QUICK, "log_every": 2})
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert ["disagreement" in line for line in lines] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["config.json", "student.safetensors", "images.png"])
+def test_files_that_are_no_runs_are_kept_unless_told_otherwise(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=f"holds {name}, which the run would replace"):
+            distill(tiny_teacher(), tiny_student(), steps=3, out=tmp_path, resume=resume, **QUICK)
+    assert (tmp_path / name).read_text() == "mine"
+    distill(tiny_teacher(), tiny_student(), steps=3, out=tmp_path, overwrite=True, **QUICK)
+
+
+@pytest.mark.parametrize("error", [ValueError("no data here"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_a_student_outlives_an_evaluation_that_fails_at_the_end(tmp_path, error):
+    student = tiny_student()
+
+    def evaluate(model):
+        if model is student:
+            raise error
+        return 0.5
+
+    expected = (
+        contextlib.nullcontext() if isinstance(error, KeyboardInterrupt) else pytest.warns(match="is trained, but")
+    )
+    with expected:
+        result = distill(tiny_teacher(), student, steps=3, evaluate=evaluate, out=tmp_path, **QUICK)
+    assert result.report.status == "completed" and result.report.student_accuracy is None
+    assert "the evaluation at the end" in result.report.notes[-1]
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    assert same(load_file(tmp_path / "student.safetensors"), state(student))
+    assert (tmp_path / "report.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_end_a_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(RunFolder, "_write_entry", full)
+    monkeypatch.setattr(RunFolder, "_write_student", full)
+    with pytest.warns(match="cannot be written to: no space left"):
+        result = distill(tiny_teacher(), tiny_student(), steps=3, out=tmp_path, **QUICK)
+    assert result.report.status == "completed" and len(result.history) == 1
+
+
+def test_an_error_on_the_way_is_raised_and_the_run_saved(tmp_path):
+    class Breaks(TinyNet):
+        left = 8
+
+        def forward_head(self, tokens):
+            self.left -= 1
+            if not self.left:
+                raise LookupError("a stranger's bug")
+            return super().forward_head(tokens)
+
+    teacher = Breaks(16)
+    teacher.load_state_dict(tiny_teacher().state_dict())
+    with pytest.raises(LookupError, match="a stranger's bug"):
+        distill(teacher, tiny_student(), steps=12, out=tmp_path, **QUICK)
+    resumed = distill(teacher, tiny_student(), steps=12, out=tmp_path, resume=True, **QUICK)
+    assert resumed.report.status == "completed" and resumed.report.steps == 12

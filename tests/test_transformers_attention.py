@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 from tiny_detectors import detr, yolos
 
-from vitkd_fast.accelerate import accelerate
+from vitkd_fast.accelerate import accelerate, decelerate
 
 ours = importlib.import_module("vitkd_fast.transformers_attention")
 
@@ -305,3 +305,13 @@ def test_what_ours_is_not_for_goes_to_torchs(shapes):
     found, _ = ours.attention(nn.Module(), *wide, None, is_causal=False)
     torch.testing.assert_close(found, sdpa(*wide))
     assert shapes == []
+
+
+def test_decelerate_gives_back_torchs(shapes):
+    model, given = yolos(), images()
+    before, attributes = answers(model, given), set(vars(model))
+    accelerate(model)
+    decelerate(model)
+    found = answers(model, given)
+    assert shapes == [] and set(vars(model)) == attributes
+    torch.testing.assert_close(found, before, atol=0, rtol=0)

@@ -2,7 +2,7 @@
 
 from vitkd_fast import backends, generator, methods, objectives, ops
 from vitkd_fast._version import __version__
-from vitkd_fast.accelerate import AccelerateReport, accelerate
+from vitkd_fast.accelerate import AccelerateReport, accelerate, decelerate
 from vitkd_fast.config import Config
 from vitkd_fast.distill import Result, distill
 from vitkd_fast.doctor import doctor
@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "decelerate",
     "distill",
     "doctor",
     "generator",

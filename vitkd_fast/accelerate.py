@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitkd_fast import ops
 from vitkd_fast.ops.attention import MAX_HEAD_DIM
-from vitkd_fast.transformers_attention import has_position_bias, is_of_transformers, switch
+from vitkd_fast.transformers_attention import has_position_bias, is_of_transformers, switch, switch_back
 
 # timm's attention of ViT and DeiT: its home today, and before timm 1.0.20. Matched by name, so that neither
 # `import vitkd_fast` nor `accelerate` imports timm: a model with timm blocks has imported it already.
@@ -60,11 +60,11 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     transformers that run on torch's attention (`attn_implementation="sdpa"`, their default); and the GELUs of all to
     `vitkd_fast.ops.gelu`.
 
-    Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx stay as they were
-    (torch.jit.script, which torch has deprecated, does not); calling it again changes nothing. A block that needs what
-    the op lacks keeps its own code, and so does a single call that does: an attention mask, or attention dropout in
-    training mode. Setting a block's `fused_attn` to False, timm's way to have the attention weights in memory, turns
-    the op off there.
+    Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx stay as they were,
+    torch.onnx.export and torch.jit.script do not (`decelerate` it first); calling it again changes nothing. A block that
+    needs what the op lacks keeps its own code, and so does a single call that does: an attention mask, or attention
+    dropout in training mode. Setting a block's `fused_attn` to False, timm's way to have the attention weights in
+    memory, turns the op off there.
 
     Args:
         model: any module tree; blocks are found wherever they are in it.
@@ -86,6 +86,20 @@ def accelerate(model: nn.Module) -> AccelerateReport:
         if _dropout(module) > 0:
             eval_only.append(name)
     return AccelerateReport(len(switched), kept, tuple(eval_only), _switch_activations(model))
+
+
+def decelerate(model: nn.Module) -> None:
+    """Take back what `accelerate` did to `model`, in place: torch.onnx.export and torch.jit.script do not know our
+    ops."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, _FusedAttention):
+            module.__class__ = type(module).__bases__[1]
+        elif isinstance(module, _FastGELU):
+            module.__class__ = nn.GELU  # type: ignore[assignment]
+        elif is_of_transformers(module) and getattr(module, "act", None) is ops.gelu:
+            module.act = F.gelu
+    switch_back(model)
 
 
 class _FusedAttention(nn.Module):

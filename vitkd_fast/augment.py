@@ -9,7 +9,7 @@ SCALE = 0.7  # how much a turned image may also grow or shrink, for each radian 
 
 def shifted(images: Tensor, share: float) -> Tensor:
     """Each (C, H, W) image moved by its own whole pixels, up to `share` of its sides; edges are repeated."""
-    batch, _, *sides = images.shape
+    batch, channels, *sides = images.shape
     most = [round(share * side) for side in sides]
     if not any(most):
         return images
@@ -20,8 +20,9 @@ def shifted(images: Tensor, share: float) -> Tensor:
         ).clamp_(0, side - 1)
         for side, reach in zip(sides, most, strict=True)
     )  # (B, H), (B, W)
-    index = torch.arange(batch, device=images.device)
-    return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    image, channel = (torch.arange(count, device=images.device) for count in (batch, channels))
+    # all four by index, so that the result is contiguous: torch's convolutions of 1×1 crash on some that are not
+    return images[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def warped(

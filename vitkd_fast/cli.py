@@ -71,6 +71,8 @@ def distill(
         evaluate: Folder of images, one subfolder per class, to measure both models on at the end; for detectors an
             annotation file of COCO, or a folder as COCO or YOLO lay it out.
     """
+    if settings.out is None:
+        raise ValueError("without --out nothing would be left of the student: give a folder for it and the report.")
     from vitkd_fast.distill import distill
 
     result = distill(teacher, student, evaluate=evaluate, **vars(settings))

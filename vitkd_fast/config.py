@@ -158,6 +158,8 @@ class Config:
         for name in ("image_size", "mean", "std"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         for names, accepts, accepted in _ACCEPTED:
             for name in names.split():
                 if not accepts(getattr(self, name)):
@@ -178,6 +180,15 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them; `Config(**settings)` reads them back."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's float64, which is a float, as Python's, which every file can hold."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return float(value) if isinstance(value, float) else value
 
 
 def _integer(value: Any) -> bool:

@@ -5,6 +5,8 @@ the student still disagrees with the teacher, the student learns to agree on the
 """
 
 import contextlib
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from vitkd_fast.memory import kept_between_steps
 from vitkd_fast.models import default_device, frozen
 from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, check_names
-from vitkd_fast.pair import make_pair, resolved
+from vitkd_fast.pair import Pair, make_pair, resolved
 from vitkd_fast.report import Report, versions
 from vitkd_fast.resume import Saves
 from vitkd_fast.run import Log, RunFolder
@@ -84,11 +86,15 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
         )
     device = default_device(config.device, teacher, student)
     memory = kept_between_steps() if device.type == "cpu" else contextlib.nullcontext()
-    with memory, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with memory, _random_kept(device):
         torch.manual_seed(config.seed)
         loaded = task.load_teacher(teacher, config).to(device)
         with frozen(loaded):
             return _distill(loaded, student, evaluate, config, device)
+
+
+def _random_kept(device: torch.device):
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _check_names(config: Config) -> None:
@@ -108,7 +114,8 @@ def _distill(
     folder = RunFolder(config.out, config.overwrite, config.resume)
     pair = make_pair(teacher, student, config, device)
     student = pair.student
-    evaluate = pair.task.read_evaluation(pair, evaluate)
+    with _random_kept(device):
+        evaluate = pair.task.read_evaluation(pair, evaluate)
     config = resolved(config, pair, device)
     student_terms = Terms.of(config.student_objectives, STUDENT_OBJECTIVES, pair)
     generator_terms = Terms.of(config.generator_objectives, GENERATOR_OBJECTIVES, pair, labels=config.conditional)
@@ -119,7 +126,7 @@ def _distill(
         """The report's figures so far. What the data draw at random, such as their order, changes nothing."""
         if evaluate is None:
             return {}
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), frozen(student):
+        with _random_kept(device), frozen(student):
             return pair.task.evaluate(pair, config, evaluate)
 
     def autocast() -> torch.autocast:
@@ -171,10 +178,16 @@ def _distill(
             pair.notes.append(f"stopped; resume=True (--resume) goes on from {saves.path}")
     except NonFiniteError as error:
         status, failure = "failed", error
+    except Exception as error:
+        if saves.save() and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"The run so far is saved; resume=True (--resume) goes on from {saves.path}")
+        raise
 
     log.close()
 
     student.eval()
+    kept = folder.keep(student)  # before anything else can go wrong
+    figures = _at_last(evaluated, pair)
     generator = synthesis.generator.eval()
     report = Report(
         status=status,
@@ -188,16 +201,27 @@ def _distill(
         notes=pair.notes,
         settings=config.to_dict(),
         versions=versions(device),
-        **evaluated(),
+        **figures,
     )
     if config.out is not None:
         with torch.no_grad():
             picture = pair.task.picture(pair, config, generator.sample(64))
-        folder.finish(student, picture, report)
-        if status == "completed":
+        if folder.finish(picture, report) and kept and status == "completed":
             saves.discard()
     if config.progress:
         print(report)
     if failure:
         raise failure
     return Result(student, generator, log.history, report)
+
+
+def _at_last(evaluated: Callable[[], dict[str, Any]], pair: Pair) -> dict[str, Any]:
+    """The figures at the end of a run, which is not lost if they cannot be had: a note and a warning say why."""
+    try:
+        return evaluated()
+    except KeyboardInterrupt:
+        pair.notes.append("the evaluation at the end was interrupted")
+    except Exception as error:
+        pair.notes.append(f"the evaluation at the end failed: {type(error).__name__}: {error}")
+        warnings.warn(f"The student is trained, but {pair.notes[-1]}", stacklevel=4)
+    return {}

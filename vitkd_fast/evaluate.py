@@ -1,13 +1,15 @@
 """Accuracy of teacher and student on real images, where the user has any to check with."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitkd_fast.generator import ImageSpec
 
+NOTHING = "evaluate yielded no images; give batches of (images, labels) that can be iterated again."
 Evaluation = Iterable[tuple[Tensor, Tensor]] | Callable[[nn.Module], float] | str | Path
 
 
@@ -20,21 +22,22 @@ def evaluate_pair(teacher: nn.Module, student: nn.Module, data: Evaluation, spec
             accuracy, which leaves the agreement None; or a folder of images with one subfolder per class.
     """
     if callable(data):
-        return {"teacher_accuracy": float(data(teacher)), "student_accuracy": float(data(student)), "agreement": None}
+        shares = {"teacher_accuracy": _share(data(teacher)), "student_accuracy": _share(data(student))}
+        return {**shares, "agreement": None}
     batches = image_folder(Path(data), spec) if isinstance(data, str | Path) else data
     device = next(student.parameters()).device
     right_teacher = right_student = alike = torch.zeros((), device=device)
     total = 0
     with torch.no_grad():
-        for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
+        for batch in batches:
+            images, labels = (part.to(device) for part in _images_and_labels(batch))
             by_teacher, by_student = teacher(images).argmax(-1), student(images).argmax(-1)
             right_teacher = right_teacher + (by_teacher == labels).sum()
             right_student = right_student + (by_student == labels).sum()
             alike = alike + (by_teacher == by_student).sum()
             total += len(labels)
     if total == 0:
-        raise ValueError("evaluate yielded no images; give batches of (images, labels) that can be iterated again.")
+        raise ValueError(NOTHING)
     return {
         "teacher_accuracy": right_teacher.item() / total,
         "student_accuracy": right_student.item() / total,
@@ -54,6 +57,65 @@ def check(data: object) -> None:
             f"evaluate is a {type(data).__name__}; accepted: batches of (images, labels) such as a DataLoader, "
             f"a function from a model to its accuracy, or a folder of images."
         )
+
+
+class _Asked:
+    """A function from a model to its accuracy, whose answer for the teacher is already known."""
+
+    def __init__(self, function: Callable[[nn.Module], float], teacher: nn.Module) -> None:
+        self.function, self.teacher, self.answer = function, teacher, _share(function(teacher))
+
+    def __call__(self, model: nn.Module) -> float:
+        return self.answer if model is self.teacher else _share(self.function(model))
+
+
+def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) -> Any:
+    """The data, after the teacher has answered to a first batch of them, or to all if they are a function.
+
+    Raises:
+        ValueError: they are not what `evaluate_pair` can use.
+    """
+    if data is None:
+        return None
+    if callable(data):
+        return _Asked(data, teacher)
+    batches = image_folder(Path(data), spec) if isinstance(data, str | Path) else data
+    if iter(batches) is not batches:  # else they can be had only once
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError(NOTHING)
+        images, _ = _images_and_labels(first)
+        with torch.no_grad():
+            teacher(images.to(device))
+    return data
+
+
+def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    parts = list(batch) if isinstance(batch, Sequence) else [batch]
+    if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
+        images, labels = parts
+        if images.dim() == 4 and labels.shape == images.shape[:1] and not labels.is_floating_point():
+            return images, labels
+    given = " and ".join(_named(part) for part in parts) or "nothing"
+    raise ValueError(
+        f"evaluate has a batch of {given}; accepted: images (B, channels, height, width) and labels (B,), which are "
+        f"numbers of classes."
+    )
+
+
+def _named(part: Any) -> str:
+    kind = type(part).__name__
+    return f"{kind} {str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}" if isinstance(part, Tensor) else kind
+
+
+def _share(answer: Any) -> float:
+    try:
+        share = float(answer)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"evaluate answered {answer!r} for a model; accepted: its accuracy, from 0 to 1.")
+    return share
 
 
 def image_folder(folder: Path, spec: ImageSpec) -> Iterable[tuple[Tensor, Tensor]]:

@@ -32,6 +32,7 @@ def layout_of(model: Any, count: int, spec: ImageSpec) -> Layout:
         grid = patch_embed.dynamic_feat_size((spec.height, spec.width))
     else:
         grid = getattr(patch_embed, "grid_size", None)
+        grid = (grid, grid) if isinstance(grid, int) else grid
     if not grid or prefix + grid[0] * grid[1] != count:
         return Layout(count)
     return Layout(count, prefix, has_class, (int(grid[0]), int(grid[1])))

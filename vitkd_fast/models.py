@@ -89,8 +89,7 @@ def image_spec(teacher: nn.Module, config: Config) -> ImageSpec:
         ValueError: neither says the size or the channels.
     """
     cfg = _cfg(teacher)
-    patch_embed = getattr(teacher, "patch_embed", None)
-    size = config.image_size or getattr(patch_embed, "img_size", None) or tuple(cfg.get("input_size") or ())[1:]
+    size = config.image_size or _own_size(teacher) or tuple(cfg.get("input_size") or ())[1:]
     channels = config.channels or _input_channels(teacher) or next(iter(cfg.get("input_size") or ()), None)
     if not size or not channels:
         missing = " and ".join(name for name, known in (("image_size", size), ("channels", channels)) if not known)
@@ -118,8 +117,8 @@ def student_image_spec(student: nn.Module, teacher: nn.Module, spec: ImageSpec) 
         said = tuple(cfg.get(name) or ())
         return () if said == tuple(others.get(name) or ()) else said
 
-    patch_embed = getattr(student, "patch_embed", None)
-    size = getattr(patch_embed, "img_size", None)
+    patch_embed = getattr(_unwrapped(student), "patch_embed", None)
+    size = _own_size(student)
     if size is None and cfg.get("fixed_input_size") is not False:
         size = own("input_size")[1:]
     if not size or not getattr(patch_embed, "strict_img_size", True):
@@ -131,20 +130,42 @@ def student_image_spec(student: nn.Module, teacher: nn.Module, spec: ImageSpec) 
 
 
 def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, classes) and, of a model with timm's forward_features, the last tokens (B, N, D); else None.
+    """Logits (B, classes) of the model as it is called, with its hooks and a forward of its own; and, where that goes
+    through timm's forward_features, the last tokens (B, N, D), else None.
 
     Where a model in training gives the logits of two heads, as timm's DeiT after set_distilled_training, they are
     averaged: so they are in eval mode.
     """
-    features = None
-    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        features = model.forward_features(images)
-        logits = model.forward_head(features)
-    else:
+    with _recorded(model, "forward_features") as seen:
         logits = model(images)
+    features = seen[-1] if seen else None
     if isinstance(logits, tuple) and len(logits) == 2 and model.training:
         logits = (logits[0] + logits[1]) / 2
     return logits, features if isinstance(features, Tensor) and features.dim() == 3 else None
+
+
+@contextmanager
+def _recorded(model: Any, name: str) -> Iterator[list[Any]]:
+    """What the model's method of this name returns while it is called."""
+    seen: list[Any] = []
+    method = getattr(model, name, None)
+    if method is None:
+        yield seen
+        return
+
+    def record(*args, **kwargs):
+        seen.append(method(*args, **kwargs))
+        return seen[-1]
+
+    own = name in vars(model)
+    setattr(model, name, record)
+    try:
+        yield seen
+    finally:
+        if own:
+            setattr(model, name, method)
+        else:
+            delattr(model, name)
 
 
 def digest(model: nn.Module) -> str:
@@ -228,7 +249,33 @@ def _timm():
     return timm
 
 
+def normalisation_note(teacher: nn.Module, config: Config) -> str | None:
+    """What to know where nobody says how the teacher's images are normalised."""
+    unknown = [name for name in ("mean", "std") if getattr(config, name) is None and not _cfg(teacher).get(name)]
+    if not unknown:
+        return None
+    return (
+        f"teacher: it does not say the {' and '.join(unknown)} of its images, so 0.5 is assumed; if they are others, "
+        f"pass {' and '.join(f'{name}=' for name in unknown)}"
+    )
+
+
+def _own_size(model: nn.Module) -> tuple[int, int] | None:
+    """The height and width that a ViT's patch embedding says; some say one number for both."""
+    size = getattr(getattr(_unwrapped(model), "patch_embed", None), "img_size", None)
+    return (size, size) if isinstance(size, int) else size
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What is inside DataParallel, DistributedDataParallel, an averaged model or torch.compile's."""
+    for name in ("module", "_orig_mod"):
+        if isinstance(inner := model._modules.get(name), nn.Module) and len(model._modules) == 1:
+            return _unwrapped(inner)
+    return model
+
+
 def _cfg(model: nn.Module) -> Mapping[str, Any]:
+    model = _unwrapped(model)
     said = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     return _config_of_transformers(model) | dict(said)
 

@@ -12,7 +12,7 @@ from vitkd_fast.config import Config
 from vitkd_fast.conversion import Conversion
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.layout import Layout, why_not_aligned
-from vitkd_fast.models import frozen, image_spec, student_image_spec
+from vitkd_fast.models import frozen, image_spec, normalisation_note, student_image_spec
 from vitkd_fast.objectives import View
 from vitkd_fast.report import ModelFacts, model_facts
 from vitkd_fast.taps import What, layer_map, taps
@@ -151,6 +151,8 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
     if isinstance(student, str):
         name, own_spec = student, spec
         student = task.create_student(student, spec, classes)
+    elif not isinstance(student, nn.Module):
+        raise TypeError(f"student is a {type(student).__name__}; accepted: an nn.Module, or the name of a model.")
     else:
         name, own_spec = type(student).__name__, student_image_spec(student, teacher, spec)
     student = student.to(device)
@@ -163,7 +165,7 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
 
     convert = Conversion(spec, own_spec).to(device)
     facts = model_facts(teacher, spec, teacher_name(teacher)), model_facts(student, own_spec, name)
-    notes = [note for note in [convert.note()] if note]
+    notes = [note for note in [normalisation_note(teacher, config), convert.note()] if note]
     if config.accelerate:
         from vitkd_fast.accelerate import accelerate
 
@@ -234,6 +236,10 @@ def probe(
             "teacher": "If they are not its images, pass image_size= and channels=.",
             "student": "Give it pretrained_cfg = dict(input_size=(channels, height, width)) if it takes another size.",
         }
+        dtypes = {weight.dtype for weight in model.parameters()} - {torch.float32}
+        if dtypes:
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            hint[role] = f"Its weights are {found}, and images float32: give it as {role}.float()."
         raise ValueError(
             f"{role} {type(model).__name__} cannot take images of shape {tuple(images.shape)}: "
             f"{str(error).rstrip('.')}. {hint[role]}"

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import pickle
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +41,7 @@ class Saves:
         self.path = config.out / SAVED if config.out is not None else None
         self.identity: dict[str, Any] | None = None
         self.last = time.monotonic()
+        self.proven = False
 
     def restore(self) -> bool:
         """Bring the parts to where the run in the folder was saved; without one, False, they stay as they are.
@@ -84,8 +87,13 @@ class Saves:
         }
         try:
             torch.save(content, draft)
+            self._prove(draft)
             os.replace(draft, self.path)
-        except (OSError, RuntimeError) as error:  # of a full disk torch's writer says RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+            pickle.UnpicklingError,
+        ) as error:  # of a full disk torch's writer says RuntimeError
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
             note = f"the run could not be saved: {str(error).splitlines()[0]}"
@@ -95,6 +103,12 @@ class Saves:
         finally:
             self.last = time.monotonic()
         return True
+
+    def _prove(self, draft: Path) -> None:
+        """Read the first save back: what a part of the user's own remembers may be more than plain data and tensors."""
+        if not self.proven:
+            torch.load(draft, "cpu", weights_only=True, mmap=True)
+            self.proven = True
 
     def discard(self) -> None:
         """Of a run that is complete there is nothing to go on with."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +42,18 @@ class RunFolder:
             raise FileExistsError(
                 f"out={folder} holds a finished run; choose another folder or pass overwrite=True (--overwrite)."
             )
+        elif lost := self._would_be_lost(folder):
+            raise FileExistsError(
+                f"out={folder} holds {lost}, which the run would replace; choose another folder or pass overwrite=True "
+                f"(--overwrite)."
+            )
+
+    @staticmethod
+    def _would_be_lost(folder: Path) -> str | None:
+        """A file that is more than what is left of a run that came to nothing."""
+        there = [name for name in FILES if (folder / name).exists()]
+        nothing = ("config.json", "metrics.jsonl") if "metrics.jsonl" in there else ()
+        return next((name for name in there if name not in nothing), None)
 
     def start(self, settings: dict[str, Any], history: Sequence[dict[str, Any]] | None = None) -> None:
         """Write down what this run was asked, and its history if it goes on; if not, clear away an earlier run."""
@@ -56,19 +69,41 @@ class RunFolder:
             self.log(entry)
 
     def log(self, entry: dict[str, Any]) -> None:
-        if self.metrics:
-            self.metrics.write(json.dumps(entry) + "\n")
-            self.metrics.flush()
+        if self.metrics and not self._written(self._write_entry, entry):
+            self.metrics = None
 
-    def finish(self, student: nn.Module, picture: Any, report: Report) -> None:
-        """Save the student, a PIL image of what was generated, then the report: the mark of a finished run."""
-        if self.folder is None or self.metrics is None:
-            return
+    def keep(self, student: nn.Module) -> bool:
+        """Save the student. Whether it is saved; if it cannot be, a warning says why, and nothing ends."""
+        return self.folder is not None and self._written(self._write_student, student)
+
+    def finish(self, picture: Any, report: Report) -> bool:
+        """Save a PIL image of what was generated, then the report: the mark of a finished run. Whether they are."""
+        if self.metrics:
+            self.metrics.close()
+        return self.folder is not None and self._written(self._write_report, picture, report)
+
+    def _written(self, write: Callable, *what: Any) -> bool:
+        from safetensors import SafetensorError
+
+        try:
+            write(self.folder, *what)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"out={self.folder} cannot be written to: {error}; the run goes on.", stacklevel=2)
+            return False
+        return True
+
+    def _write_entry(self, folder: Path, entry: dict[str, Any]) -> None:
+        assert self.metrics is not None
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.metrics.flush()
+
+    def _write_student(self, folder: Path, student: nn.Module) -> None:
         from safetensors.torch import save_model
 
-        self.metrics.close()
-        save_model(student, str(self.folder / "student.safetensors"))
-        picture.save(self.folder / "images.png")
+        save_model(student, str(folder / "student.safetensors"))
+
+    def _write_report(self, folder: Path, picture: Any, report: Report) -> None:
+        picture.save(folder / "images.png")
         self._write_json("report.json", report.to_dict())
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:

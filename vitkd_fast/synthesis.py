@@ -94,8 +94,9 @@ class Synthesis:
         for step in range(config.generator_steps):
             if step and not same:
                 noise, labels = self._draw()
-            loss, values, images = self._judge(noise, labels, step)
-            learner.step(loss, values, self._progress(step, progress))
+            with frozen(self.pair.student):  # and in backward, which computes checkpointed activations again
+                loss, values, images = self._judge(noise, labels, step)
+                learner.step(loss, values, self._progress(step, progress))
         self.images = images
         for module in self.terms.modules:
             if hasattr(module, "end_round"):
@@ -142,17 +143,16 @@ class Synthesis:
         self.start, self.rounds, self.images = state["start"], state["rounds"], state["images"]
 
     def _judge(self, noise: Tensor, labels: Tensor | None, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss, its terms and the images of one step. No weight but those that learn here has a gradient."""
+        """The loss, its terms and the images of one step."""
         pair, config, needs = self.pair, self.config, self.terms.needs
         dropping = self.patches is not None and self.patches.due(step, config.generator_steps)
-        with self.autocast(), contextlib.ExitStack() as stack:
+        with self.autocast():
             made = self._images(noise, labels)  # (B, C, H, W)
             images = rolled(made, config.jitter)
             if config.robust:
                 images = augmented(images, config.shift, config.turn)
             student = None
             if "student" in needs:
-                stack.enter_context(frozen(pair.student))
                 student = pair.look(pair.student, images)
             with self._watching():
                 teacher = pair.look(pair.teacher, images, needs | {"attention"} if dropping else needs)

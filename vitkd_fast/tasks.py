@@ -38,6 +38,11 @@ class Classification:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
             given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"gives {given} for two images; accepted: logits of shape (batch, classes).")
+        if logits.shape[1] < 2:
+            raise ValueError(
+                "gives one logit, whose softmax is always 1; accepted: two classes and more. Wrap a binary classifier "
+                "so that it gives two, 0 and its own."
+            )
         return logits.shape[1]
 
     def found(self, seen: View) -> Tensor:
@@ -59,7 +64,7 @@ class Classification:
 
     def read_evaluation(self, pair: "Pair", data: Any) -> Any:
         """What `evaluate` takes, read and checked before the run rather than after it."""
-        return data
+        return evaluation.tried(pair.teacher, data, pair.spec, pair.device)
 
     def evaluate(self, pair: "Pair", config: "Config", data: Any) -> dict[str, Any]:
         """The report's figures of both models on real images."""

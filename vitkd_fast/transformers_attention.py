@@ -44,6 +44,14 @@ def switch(model: nn.Module) -> tuple[list[str], dict[str, str], list[str]]:
     return switched, kept, [name for name in switched if _dropout(blocks[name]) > 0]
 
 
+def switch_back(model: nn.Module) -> None:
+    """To torch's attention, whatever of `model` runs on ours."""
+    module: Any
+    for module in model.modules():
+        if vars(module).pop("vitkd_registration", None) and module.config._attn_implementation == NAME:
+            module.set_attn_implementation({"": "sdpa"})
+
+
 class _Registration:
     """Part of every switched model, so that unpickling one in another process registers its attention there."""
 

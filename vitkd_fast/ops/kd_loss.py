@@ -192,7 +192,7 @@ class _Loss(torch.autograd.Function):
             factor = None
         elif ctx.rest != 1:
             factor = factor * ctx.rest
-        elif known and grad.is_cpu and grad.item() == 1:
+        elif known and _is_one(grad):
             factor = None
         return *_scaled(ctx, factor), None, None, None, None
 
@@ -204,6 +204,11 @@ def _ops(logits: Tensor):
             if most is None or logits.shape[1] <= most:
                 return torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
     return torch.ops.vitkd
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Looks only where looking costs nothing: on the CPU."""
+    return grad.is_cpu and grad.item() == 1
 
 
 differentiate("kd_loss", _backward, _setup_context)
