@@ -61,7 +61,7 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     `vitkd_fast.ops.gelu`.
 
     Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx stay as they were,
-    torch.onnx.export and torch.jit.script do not (`decelerate` it first); calling it again changes nothing. A block that
+    torch.onnx.export and torch.jit.script do not (`decelerate` first); calling it again changes nothing. A block that
     needs what the op lacks keeps its own code, and so does a single call that does: an attention mask, or attention
     dropout in training mode. Setting a block's `fused_attn` to False, timm's way to have the attention weights in
     memory, turns the op off there.

@@ -2,6 +2,7 @@
 // strip of queries at once, as a matrix of scores with one column per query: the softmax then runs down the columns, as
 // many queries abreast as a vector has lanes, and only a strip of scores ever exists.
 #include "../kernels.h"
+#include "shares.h"
 #include "softmax.h"
 #include "workspace.h"
 
@@ -235,45 +236,18 @@ int64_t heads_per_task(const Args& args) {
   return work >= 65536 ? 1 : 65536 / (work + 1) + 1;
 }
 
-// Heads yet to be computed. Threads take them as they go, many at first: cores are not equally fast, nor is one core at
-// all times, and who is done early does more.
-template <class Args>
-struct Heads {
-  const Args& args;
-  int64_t count, grain;
-  int64_t taken = 0;
-
-  struct Range {
-    int64_t begin, end;
-  };
-  int64_t left() const { return count - __atomic_load_n(&taken, __ATOMIC_RELAXED); }
-  Range take(int64_t threads) {
-    const int64_t share = left() / (4 * threads), size = share > grain ? share : grain;
-    const int64_t begin = __atomic_fetch_add(&taken, size, __ATOMIC_RELAXED), end = begin + size;
-    return {begin, end < count ? end : count};
-  }
-  // What is asked for ahead has to be known early, but nobody waits for it while another thread has nothing to do.
-  Range take_early(int64_t threads) { return left() < threads * grain ? Range{count, count} : take(threads); }
-};
-
 template <class Args, void (*head)(const Args&, int64_t, int64_t, Workspace&)>
 void for_each_head(const Args& args, int64_t parts, ParallelFor parallel_for) {
-  Heads<Args> heads{args, args.batch * args.heads * parts, heads_per_task(args)};
-  // The pool splits all heads among its threads; how many they are is all that is used of it.
-  auto body = [](int64_t begin, int64_t end, void* context) {
+  Shares heads(args.batch * args.heads * parts, heads_per_task(args));
+  heads.among(parallel_for, [&](Shares::Walk walk) {
     [[maybe_unused]] const Tiles tiles;
-    auto& heads = *static_cast<Heads<Args>*>(context);
-    const int64_t threads = (heads.count + end - begin - 1) / (end - begin);
     Workspace memory;
-    for (auto mine = heads.take(threads); mine.begin < mine.end;) {
-      const auto next = heads.take_early(threads);
+    for (Range mine = walk.take(); !mine.empty(); mine = walk.take()) {
       for (int64_t i = mine.begin; i < mine.end; ++i) {
-        head(heads.args, i, i + 1 < mine.end ? i + 1 : next.begin, memory);
+        head(args, i, i + 1 < mine.end ? i + 1 : walk.next().begin, memory);
       }
-      mine = next.begin < next.end ? next : heads.take(threads);
     }
-  };
-  parallel_for(heads.count, heads.grain, body, &heads);
+  });
 }
 
 // S is what qkv is stored in, In what is multiplied, O what out and its gradient are stored in.

@@ -1,5 +1,6 @@
 // GELU on the CPU, x Φ(x), and its gradient: one exponential for both, where torch takes erf and exp.
 #include "../kernels.h"
+#include "shares.h"
 #include "simd.h"
 
 namespace vitkd::cpu::VITKD_ISA {
@@ -39,7 +40,7 @@ inline Vec<float> slope(Vec<float> x) {
 }
 
 template <class S>
-void run(const Gelu& args, int64_t begin, int64_t end) {
+void piece(const Gelu& args, int64_t begin, int64_t end) {
   const S *x = static_cast<const S*>(args.x), *grad = static_cast<const S*>(args.grad);
   S* out = static_cast<S*>(args.out);
   const auto vector = [&](int64_t i, auto count) {
@@ -52,18 +53,22 @@ void run(const Gelu& args, int64_t begin, int64_t end) {
   if (i < end) vector(i, end - i);
 }
 
+template <class S>
+void run(const Gelu& args, ParallelFor parallel_for) {
+  Shares elements(args.count, 8192);  // some ten microseconds of work for a thread
+  elements.among(parallel_for, [&](Shares::Walk walk) {
+    for (Range mine = walk.take(); !mine.empty(); mine = walk.take()) piece<S>(args, mine.begin, mine.end);
+  });
+}
+
 }  // namespace
 
 void gelu(const Gelu& args, ParallelFor parallel_for) {
-  auto body = [](int64_t begin, int64_t end, void* context) {
-    const Gelu& args = *static_cast<const Gelu*>(context);
-    switch (args.dtype) {
-      case DType::float32: return run<float>(args, begin, end);
-      case DType::bfloat16: return run<bf16>(args, begin, end);
-      default: return run<f16>(args, begin, end);
-    }
-  };
-  parallel_for(args.count, 8192, body, const_cast<Gelu*>(&args));  // some ten microseconds of work for a thread
+  switch (args.dtype) {
+    case DType::float32: return run<float>(args, parallel_for);
+    case DType::bfloat16: return run<bf16>(args, parallel_for);
+    default: return run<f16>(args, parallel_for);
+  }
 }
 
 }  // namespace vitkd::cpu::VITKD_ISA

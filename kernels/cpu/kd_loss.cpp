@@ -1,6 +1,7 @@
 // Distillation losses on the CPU. A row of logits is read for its maximum, then, from the first-level cache, for its
 // exponentials, the loss and the gradients: three sweeps, and one more for js.
 #include "../kernels.h"
+#include "shares.h"
 #include "simd.h"
 #include "workspace.h"
 
@@ -216,38 +217,38 @@ Compute<S> row_loss(const Row<S>& row, KDKind kind) {
 }
 
 template <class S>
-void rows(const KDLoss& args, int64_t begin, int64_t end) {
+void run(const KDLoss& args, ParallelFor parallel_for) {
   using T = Compute<S>;
-  Workspace memory;
-  Row<S> row{};
-  row.classes = args.classes;
-  row.temperature = T(args.temperature);
-  row.weight = T(args.weight);
-  row.q = memory.take<T>(pad<T>(args.classes));
-  row.p = memory.take<T>(pad<T>(args.classes));
-  for (int64_t i = begin; i < end; ++i) {
-    row.s = static_cast<const S*>(args.student) + i * args.student_stride;
-    row.t = static_cast<const S*>(args.teacher) + i * args.teacher_stride;
-    if (args.student_grad) row.grad_s = static_cast<S*>(args.student_grad) + i * args.classes;
-    if (args.teacher_grad) row.grad_t = static_cast<S*>(args.teacher_grad) + i * args.classes;
-    static_cast<T*>(args.loss)[i] = row_loss(row, args.kind);
-  }
+  Shares rows(args.rows, 8192 / (args.classes + 1) + 1);  // some ten microseconds of work for a thread
+  rows.among(parallel_for, [&](Shares::Walk walk) {
+    Workspace memory;
+    Row<S> row{};
+    row.classes = args.classes;
+    row.temperature = T(args.temperature);
+    row.weight = T(args.weight);
+    row.q = memory.take<T>(pad<T>(args.classes));
+    row.p = memory.take<T>(pad<T>(args.classes));
+    for (Range mine = walk.take(); !mine.empty(); mine = walk.take()) {
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        row.s = static_cast<const S*>(args.student) + i * args.student_stride;
+        row.t = static_cast<const S*>(args.teacher) + i * args.teacher_stride;
+        if (args.student_grad) row.grad_s = static_cast<S*>(args.student_grad) + i * args.classes;
+        if (args.teacher_grad) row.grad_t = static_cast<S*>(args.teacher_grad) + i * args.classes;
+        static_cast<T*>(args.loss)[i] = row_loss(row, args.kind);
+      }
+    }
+  });
 }
 
 }  // namespace
 
 void kd_loss(const KDLoss& args, ParallelFor parallel_for) {
-  auto body = [](int64_t begin, int64_t end, void* context) {
-    const KDLoss& args = *static_cast<const KDLoss*>(context);
-    switch (args.dtype) {
-      case DType::float32: return rows<float>(args, begin, end);
-      case DType::bfloat16: return rows<bf16>(args, begin, end);
-      case DType::float16: return rows<f16>(args, begin, end);
-      case DType::float64: return rows<double>(args, begin, end);
-    }
-  };
-  const int64_t grain = 8192 / (args.classes + 1) + 1;  // some ten microseconds of work for a thread
-  parallel_for(args.rows, grain, body, const_cast<KDLoss*>(&args));
+  switch (args.dtype) {
+    case DType::float32: return run<float>(args, parallel_for);
+    case DType::bfloat16: return run<bf16>(args, parallel_for);
+    case DType::float16: return run<f16>(args, parallel_for);
+    case DType::float64: return run<double>(args, parallel_for);
+  }
 }
 
 }  // namespace vitkd::cpu::VITKD_ISA
