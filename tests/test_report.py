@@ -41,3 +41,16 @@ def test_attention_is_counted_accelerated_or_not():
     assert model_facts(model, SPEC, "vit").flops == by_hand
     assert accelerate(model).switched == 2
     assert model_facts(model, SPEC, "vit").flops == by_hand
+
+
+def test_what_is_tied_counts_once_and_an_exported_model_has_weights():
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    tied[2].weight = tied[1].weight
+    exported = nn.Sequential(nn.Flatten(), nn.Module())
+    exported[1].register_buffer("weight", torch.zeros(64, 64))
+    exported[1].register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    exported[1].forward = lambda x: x @ exported[1].weight
+    spec = ImageSpec(8, 8, (0.5,), (0.5,))
+    assert model_facts(tied, spec, "tied").bytes == 4 * 64 * 64
+    facts = model_facts(exported, spec, "exported")
+    assert (facts.parameters, facts.bytes) == (64 * 64, 4 * 64 * 64 + 8 * 3)

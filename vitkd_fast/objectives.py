@@ -50,6 +50,9 @@ class View:
     """Packed qkv of each block, (B, N, 3, H, D)."""
     boxes: Tensor | None = None
     """Of a detector, (B, queries, 4): centre x, centre y, width, height, in [0, 1] of the image's sides."""
+    scores: Tensor | None = None
+    """Of a detector whose classes do not exclude each other, (B, queries, classes) in [0, 1]: what ranks its objects
+    where its precision is measured."""
 
 
 @dataclass

@@ -151,6 +151,7 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
     if isinstance(student, str):
         name, own_spec = student, spec
         student = task.create_student(student, spec, classes)
+        task.name_classes(teacher, student)
     elif not isinstance(student, nn.Module):
         raise TypeError(f"student is a {type(student).__name__}; accepted: an nn.Module, or the name of a model.")
     else:

@@ -93,11 +93,14 @@ def model_facts(model: nn.Module, spec: ImageSpec, name: str) -> ModelFacts:
     counter = FlopCounterMode(display=False, custom_mapping=ours)
     with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # MATH: products the counter knows
         model(image)
+    weights: list[torch.Tensor] = [*model.parameters()]
+    weights = weights or [one for one in model.buffers() if one.is_floating_point()]  # of an exported one
+    held = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
     return ModelFacts(
         name=name,
-        parameters=sum(weight.numel() for weight in model.parameters()),
+        parameters=sum(weight.numel() for weight in weights),
         flops=counter.get_total_flops(),
-        bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        bytes=sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values()),  # what is tied is saved once
     )
 
 

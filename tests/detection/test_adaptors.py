@@ -14,6 +14,7 @@ from tiny_detectors import CLASSES, QUERIES, detr, yolos
 
 from vitkd_fast.detection import adaptors
 from vitkd_fast.detection.adaptors import adaptor, from_corners, from_sigmoid, look
+from vitkd_fast.detection.task import objects_of
 from vitkd_fast.objectives import View
 
 
@@ -185,3 +186,42 @@ def test_corners_become_shares_of_the_right_sides():
     boxes = from_corners(torch.tensor([[10.0, 5.0, 30.0, 15.0]]), height=20, width=40)
     assert boxes.tolist() == [[0.5, 0.5, 0.5, 0.5]]
     assert from_corners(torch.tensor([[0.0, 0.0, 40.0, 10.0]]), 20, 40).tolist() == [[0.5, 0.25, 1.0, 0.5]]
+
+
+class Grouped(nn.Module):
+    """As LW-DETR and RF-DETR: in training several groups of queries, the first of which is left afterwards."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=CLASSES, num_queries=QUERIES, group_detr=groups)
+        self.head = nn.Linear(16, groups * QUERIES * (CLASSES + 4))
+
+    def forward(self, images):
+        found = self.head(images.flatten(1)).unflatten(1, (-1, CLASSES + 4))
+        found = found if self.training else found[:, :QUERIES]
+        return {"logits": found[..., :CLASSES], "pred_boxes": found[..., CLASSES:].sigmoid()}
+
+
+def test_of_groups_of_queries_the_one_that_is_left_learns():
+    model, images = Grouped(3), torch.randn(2, 1, 4, 4)
+    training, afterwards = look(model.train(), images), look(model.eval(), images)
+    assert afterwards.logits.shape == (2, QUERIES, CLASSES + 1)
+    for mine, theirs in ((training.logits, afterwards.logits), (training.boxes, afterwards.boxes)):
+        assert torch.equal(mine, theirs)
+
+
+def test_classes_of_their_own_rank_objects_by_their_own_scores():
+    """Of all queries and classes the best, as such detectors' own post-processing picks them."""
+    model, images = Grouped(1).eval(), torch.randn(2, 1, 4, 4)
+    view = look(model, images)
+    raw = model(images)
+    torch.testing.assert_close(view.scores, raw["logits"].sigmoid())
+    for image, found in enumerate(objects_of(view)):
+        scores = raw["logits"][image].sigmoid()
+        assert len(found) == QUERIES * CLASSES
+        torch.testing.assert_close(found.scores, scores.flatten().sort(descending=True).values)
+        for box, label, score in zip(found.boxes, found.labels, found.scores):
+            query = (scores[:, label] == score).nonzero()[0, 0]
+            assert torch.equal(box, raw["pred_boxes"][image, query])
+    assert all((found.scores >= 0.6).all() for found in objects_of(view, 0.6))
+    assert look(yolos(), torch.randn(2, 1, 16, 16)).scores is None

@@ -136,6 +136,21 @@ def test_a_name_in_several_folders_is_told_apart_by_its_path(tmp_path):
         read_scenes(coco(tmp_path, IMAGES[:1], []), SIZE)
 
 
+@pytest.mark.parametrize("before", ["images/", "./images/", "/data/mine/images/", ""])
+def test_a_path_from_wherever_it_begins_tells_images_apart(tmp_path, before):
+    for part, level in (("v1", 0), ("v2", 255)):
+        picture(tmp_path / f"images/{part}/a.png", level=level)
+    image = {**IMAGES[0], "file_name": f"{before}v2/a.png"}
+    assert (read_scenes(coco(tmp_path, [image], []), SIZE)[0][0] == 1).all()
+
+
+def test_an_image_that_is_not_there_is_not_another_of_its_name(tmp_path):
+    picture(tmp_path / "images/v1/a.png")
+    both = [{**IMAGES[0], "id": index, "file_name": f"v{index}/a.png"} for index in (1, 2)]
+    with pytest.raises(FileNotFoundError, match=r"names v1/a.png, v2/a.png, of which .* has one alone, v1/a.png"):
+        read_scenes(coco(tmp_path, both, []), SIZE)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

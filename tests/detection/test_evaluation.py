@@ -93,3 +93,20 @@ def test_a_coco_folder_of_more_classes_than_the_teachers_is_refused_before_the_r
     with pytest.raises(ValueError, match=r"labels .*accepted: 0 to 1"):
         distill(teacher(classes=2), student(classes=2), evaluate=folder, out=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda pixels: pixels.mul(255).byte(), lambda pixels: pixels * 255, torch.neg])
+def test_pixels_that_are_no_shares_are_refused_before_the_run(spoil):
+    data = [(spoil(pixels), some) for pixels, some in real(2)]
+    with pytest.raises(ValueError, match=r"pixels of dtype .* as number 0; accepted: floats from 0 to 1"):
+        distill(teacher(), student(), evaluate=data, **QUICK)
+
+
+def test_classes_are_paired_by_name(tmp_path):
+    data = [(pixels.mul(255).round() / 255, some) for pixels, some in real(12)]
+    known, turned = teacher(), teacher()
+    known.config.id2label = {0: "thing 0", 1: "thing 1", 2: "thing 2"}
+    turned.config.id2label = {0: "thing 2", 1: "thing 0", 2: "thing 1"}
+    reports = [distill(one, student(), evaluate=coco_folder(tmp_path, data), **QUICK).report for one in (known, turned)]
+    assert reports[0].teacher_map50 > 0.9 and reports[1].teacher_map50 < 0.5
+    assert not any("in their order" in note for report in reports for note in report.notes)

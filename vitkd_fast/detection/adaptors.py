@@ -6,7 +6,8 @@ and (B, C, H, W) images:
     @adaptor(MyDetector)
     def look(model, images):
         scores, boxes = model(images)  # (B, Q, classes) before their sigmoid, (B, Q, 4) corners in pixels
-        return View(from_sigmoid(scores), boxes=from_corners(boxes, *images.shape[-2:]))
+        boxes = from_corners(boxes, *images.shape[-2:])
+        return View(from_sigmoid(scores), boxes=boxes, scores=scores.sigmoid())
 """
 
 from collections.abc import Callable
@@ -73,9 +74,13 @@ def of_transformers(model: Any, images: Tensor) -> View:
             f"{type(model).__name__} gives {logits.shape[-1]} logits per query and its config says {classes} classes, "
             f"so whether one of them is of there being nothing is not known; {HOW}."
         )
+    tokens, scores = _patches(output, logits.shape[1]), None
+    queries = getattr(model.config, "num_queries", None)
+    if model.training and logits.shape[1] == getattr(model.config, "group_detr", 1) * (queries or 0):
+        logits, boxes = logits[:, :queries], boxes[:, :queries]  # the group that is left when training is over
     if classes == logits.shape[-1]:
-        logits = from_sigmoid(logits)
-    return View(logits, _patches(output, logits.shape[1]), boxes=boxes)
+        logits, scores = from_sigmoid(logits), logits.sigmoid()
+    return View(logits, tokens, boxes=boxes, scores=scores)
 
 
 def _patches(output: Any, queries: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import itertools
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -71,7 +72,8 @@ class ImageFiles:
         if wanted in found:
             return wanted
         if len(found) > 1:
-            found = [path for path in found if path.endswith("/" + wanted)] or found
+            common = {path: _common_end(path, wanted) for path in found}
+            found = [path for path in found if common[path] == max(common.values())]
         if len(found) > 1:
             raise ValueError(
                 f"{wanted!r} could be any of {', '.join(found[:3])} in {str(self.place)!r}; say which by its path."
@@ -84,6 +86,12 @@ class ImageFiles:
 
     def read(self, path: str) -> bytes:
         return self.zip.read(path) if self.zip else (self.place / path).read_bytes()
+
+
+def _common_end(first: str, second: str) -> int:
+    """How many names at the end of two paths are the same."""
+    ends = zip(reversed(PurePosixPath(first).parts), reversed(PurePosixPath(second).parts))
+    return sum(1 for _ in itertools.takewhile(lambda names: names[0] == names[1], ends))
 
 
 def decoded(

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from vitkd_fast.config import Config
 from vitkd_fast.detection import adaptors
 from vitkd_fast.detection.data import Scenes, read_scenes
+from vitkd_fast.detection.extra import extra
 from vitkd_fast.detection.matching import iou
-from vitkd_fast.detection.metrics import mean_average_precision
+from vitkd_fast.detection.metrics import MOST, mean_average_precision
 from vitkd_fast.detection.models import create_student, load_teacher
+from vitkd_fast.detection.names import as_named, name_classes, names_of
 from vitkd_fast.detection.objectives import matched
 from vitkd_fast.detection.objects import Objects
 from vitkd_fast.detection.pictures import side_by_side
@@ -36,6 +38,7 @@ class Detection(Classification):
     tokens = "(B, N, D) tokens of patches in its output"
     load_teacher = staticmethod(load_teacher)
     create_student = staticmethod(create_student)
+    name_classes = staticmethod(name_classes)
 
     def look(self, model: Any, images: Tensor) -> View:
         return adaptors.look(model, images)
@@ -76,6 +79,10 @@ class Detection(Classification):
                 raise FileNotFoundError(f"evaluate is {str(data)!r}, which is not there; {ACCEPTED}.")
         elif data is not None and not isinstance(data, Scenes | Sequence):
             raise TypeError(f"evaluate is a {type(data).__name__}; {ACCEPTED}.")
+        if data is not None:
+            with extra():
+                import pycocotools.mask  # noqa: F401
+                import torchmetrics.detection  # noqa: F401
 
     def read_evaluation(self, pair: Pair, data: Any) -> Any:
         """Scenes, or the sequence as given.
@@ -89,6 +96,8 @@ class Detection(Classification):
             return None
         if isinstance(data, str | Path):
             data = read_scenes(Path(data), (spec.height, spec.width), spec.channels)
+            data, note = as_named(data, names_of(pair.teacher))
+            pair.notes += [note] if note else []
         count, shape = 0, (spec.channels, spec.height, spec.width)
         for index in range(len(data)):
             scene = data[index]
@@ -99,6 +108,11 @@ class Detection(Classification):
                 raise ValueError(
                     f"evaluate has an image of shape {tuple(scene[0].shape)} as number {index}; accepted: the "
                     f"teacher's, {shape}."
+                )
+            if not scene[0].is_floating_point() or not 0 <= scene[0].min() <= scene[0].max() <= 1:
+                raise ValueError(
+                    f"evaluate has pixels of dtype {str(scene[0].dtype).removeprefix('torch.')} from "
+                    f"{scene[0].min():.4g} to {scene[0].max():.4g} as number {index}; accepted: floats from 0 to 1."
                 )
             try:
                 count += len(scene[1].checked(pair.classes))
@@ -161,9 +175,17 @@ def _seen_alike(scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 def objects_of(view: View, least: float = 0.0) -> list[Objects]:
-    """What a detector found in each image: one object of every query that scores `least` or more and has a box."""
+    """What a detector found in each image and scores `least` or more: one object of every query; or, where the classes
+    have scores of their own, as many of all queries and classes, the highest, of which one query may have several."""
     assert view.boxes is not None
-    scores, labels = view.logits.float().softmax(-1)[..., :-1].max(-1)
     boxes = view.boxes.float()
+    if view.scores is None:
+        scores, labels = view.logits.float().softmax(-1)[..., :-1].max(-1)
+    else:
+        classes, most = view.scores.shape[-1], max(boxes.shape[1], MOST)
+        flat = view.scores.float().flatten(1)
+        scores, at = flat.topk(min(most, flat.shape[1]))  # (B, most)
+        labels = at % classes
+        boxes = boxes.gather(1, (at // classes)[..., None].expand(-1, -1, 4))
     sound = (scores >= least) & boxes.isfinite().all(-1) & (boxes[..., 2:] >= 0).all(-1)
     return [Objects(*rows)[there] for *rows, there in zip(boxes, labels, scores, sound, strict=True)]
