@@ -74,7 +74,12 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
     found = {"_C_cpu": cpu}
 
     architectures = cuda_architectures(nvcc) if nvcc else []
-    if nvcc:
+    if nvcc and not architectures:
+        if os.environ.get("VITKD_CUDA") == "1":
+            raise BuildError("VITKD_CUDA=1, but every GPU here or in TORCH_CUDA_ARCH_LIST is older than 8.0.")
+        print("vitkd_fast: no CUDA library, for the GPUs are older than compute capability 8.0", file=sys.stderr)
+    if architectures:
+        assert nvcc is not None
         # The stub stands for torch's CUDA library, which the torch at hand may lack; the loader finds the real one.
         stub = build / "stub/libtorch_cuda.so"
         cuda = Library(f"{nvcc} -shared -cudart static", f"{torch_library} -L{stub.parent} -ltorch_cuda")
@@ -154,13 +159,17 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST; without it the GPUs at hand; without those the default, as far as this nvcc knows it."""
+    """TORCH_CUDA_ARCH_LIST; without it the GPUs at hand; without those the default, as far as this nvcc knows it.
+
+    Less those that the kernels are not for, before 8.0.
+    """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if listed:
-        return listed
+        return [architecture for architecture in listed if _number(architecture) >= 8]
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        return sorted(set(subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split()))
+        there = set(subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split())
+        return sorted(architecture for architecture in there if _number(architecture) >= 8)
     except (OSError, subprocess.CalledProcessError):
         known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
         wanted = CUDA_ARCHITECTURES.split()
@@ -177,7 +186,7 @@ def nvcc_codes(architectures: Sequence[str]) -> list[str]:
     """
     oldest: dict[bool, str] = {}  # after Hopper or before it
     codes = []
-    for architecture in sorted(architectures, key=lambda name: float(name.removesuffix("+PTX").rstrip("af"))):
+    for architecture in sorted(architectures, key=_number):
         n = digits(architecture)
         alone = n == "90" or not n.isdigit()  # a letter: only that GPU, or only its family, runs it
         code = "90a" if n == "90" else n
@@ -189,6 +198,10 @@ def nvcc_codes(architectures: Sequence[str]) -> list[str]:
         if n in ("90", "90a"):
             codes.append("-DVITKD_SM90A")
     return codes
+
+
+def _number(architecture: str) -> float:
+    return float(architecture.removesuffix("+PTX").rstrip("af"))
 
 
 def digits(architecture: str) -> str:

@@ -100,3 +100,14 @@ def test_a_function_is_asked_about_the_teacher_once():
     for _ in range(2):
         evaluate_pair(teacher, student, data, SPEC)
     assert asked == [teacher, student, student]
+
+
+def test_a_stream_behind_a_loader_keeps_its_first_batch():
+    items = iter([(torch.zeros(3, 4, 4), 0), (torch.zeros(3, 4, 4), 0)])
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return items
+
+    data = tried(Fixed(0), torch.utils.data.DataLoader(Stream()), SPEC, CPU)
+    assert len(list(data)) == 2

@@ -160,6 +160,33 @@ def test_forward_is_the_call_of_the_model():
     assert "forward_features" in vars(model)
 
 
+def test_features_of_a_module_and_of_a_property():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.forward_features = nn.Sequential(nn.Flatten(2), nn.Linear(64, 5))
+
+        def forward(self, images):
+            return self.forward_features(images).mean(1)
+
+    class Property(TinyNet):
+        @property
+        def forward_features(self):
+            return super().forward_features
+
+    images = torch.randn(2, 1, 8, 8)
+    nested = Nested()
+    logits, tokens = forward(nested, images)
+    assert torch.equal(tokens.mean(1), logits) and not nested.forward_features._forward_hooks
+    assert forward(Property(4).eval(), images)[1] is None
+
+
+def test_what_a_wrapper_says_of_itself_counts_more_than_what_is_inside():
+    wrapped = nn.DataParallel(TinyNet(4))
+    wrapped.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.1,), "std": (0.2,)}
+    assert (image_spec(wrapped, Config()).mean, image_spec(wrapped, Config()).std) == ((0.1,), (0.2,))
+
+
 def test_one_number_is_a_square_size():
     model = TinyNet(4)
     model.pretrained_cfg, model.patch_embed = None, nn.Module()

@@ -200,3 +200,23 @@ def test_what_could_not_be_read_back_is_not_called_saved(tmp_path, monkeypatch):
     report = distill(tiny_teacher(), tiny_student(), out=tmp_path, **QUICK | OFTEN).report
     assert any(note.startswith("the run could not be saved: ") for note in report.notes)
     assert not (tmp_path / SAVED).exists()
+
+
+def test_an_error_leaves_an_exact_save_as_it_is(tmp_path):
+    class Breaks(TinyNet):
+        left = 15
+
+        def forward_head(self, tokens):
+            self.left -= 1
+            if not self.left:
+                raise LookupError("a stranger's bug")
+            return super().forward_head(tokens)
+
+    teacher = Breaks(16)
+    teacher.load_state_dict(tiny_teacher().state_dict())
+    options = {**QUICK, "method": "dfad"}
+    whole = distill(tiny_teacher(), tiny_student(), **options)
+    with pytest.raises(LookupError):
+        distill(teacher, tiny_student(), out=tmp_path, **options | OFTEN)
+    resumed = distill(teacher, tiny_student(seed=9), out=tmp_path, resume=True, **options)
+    assert same(state(resumed.student), state(whole.student))

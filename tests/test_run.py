@@ -178,5 +178,19 @@ def test_an_error_on_the_way_is_raised_and_the_run_saved(tmp_path):
     teacher.load_state_dict(tiny_teacher().state_dict())
     with pytest.raises(LookupError, match="a stranger's bug"):
         distill(teacher, tiny_student(), steps=12, out=tmp_path, **QUICK)
+    assert 0 < torch.load(tmp_path / "run.pt", weights_only=True)["state"]["log"]["steps"] < 12
     resumed = distill(teacher, tiny_student(), steps=12, out=tmp_path, resume=True, **QUICK)
     assert resumed.report.status == "completed" and resumed.report.steps == 12
+
+
+def test_a_student_that_no_file_can_hold_is_returned_and_its_run_saved(tmp_path):
+    class Remembers(TinyNet):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.warns(match="cannot be written to: "):
+        result = distill(tiny_teacher(), Remembers(8), steps=3, out=tmp_path, **QUICK)
+    assert result.report.status == "completed" and (tmp_path / "run.pt").exists()

@@ -26,6 +26,7 @@ _Function = TypeVar("_Function", bound=Callable)
 WHOLE_HEAD_DIMS = (32, 64)
 _WHOLE_TOKENS = {(9, 0): 208, (10, 0): 208, (10, 3): 208, (8, 0): 160, (8, 7): 160}
 _OTHER_TOKENS = 112
+OLDEST = 8  # compute capability, without its second part, that the kernels are compiled for
 
 
 def default_tokens(capability: Sequence[int] | None, kind: str, head_dim: int | None) -> int:
@@ -88,9 +89,11 @@ def _attention(
     measured = entry(device).get("attention", {}).get(kind, {})
     if not gradient:
         measured = measured | entry(device).get("attention_forward", {}).get(kind, {})
+    _, capability = _model(device) or (None, None)
+    if capability is not None and capability[0] < OLDEST:
+        return ((None, (_too_old(capability),)),)
     widths: dict[int | None, tuple[Range, ...]]
     widths = {int(width): _measured(ranges, "tokens") for width, ranges in measured.items()}
-    _, capability = _model(device) or (None, None)
     for width in (*WHOLE_HEAD_DIMS, None):
         widths.setdefault(width, _default(default_tokens(capability, kind, width)))
     return tuple(widths.items())  # None, which fits any width, comes last
@@ -122,6 +125,9 @@ def attention(
 def _kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
     if WISH in ("native", "triton"):
         return _wished()
+    _, capability = _model(device) or (None, None)
+    if capability is not None and capability[0] < OLDEST:
+        return (_too_old(capability),)
     measured = entry(device).get("kd_loss", {}).get(dtype_class(dtype))
     return _measured(measured, "classes") if measured else (_range(None, "native", "default, not measured"),)
 
@@ -136,6 +142,10 @@ def forget() -> None:
     """Look again at the table, the devices and the wish."""
     for function in (table, entry, _attention, _kd_loss):
         function.cache_clear()
+
+
+def _too_old(capability: Sequence[int]) -> Range:
+    return None, "sdpa", f"compute capability {capability[0]}.{capability[1]} is below {OLDEST}.0"
 
 
 def _measured(ranges: list, what: str) -> tuple[Range, ...]:

@@ -179,14 +179,17 @@ def _distill(
     except NonFiniteError as error:
         status, failure = "failed", error
     except Exception as error:
-        if saves.save() and hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"The run so far is saved; resume=True (--resume) goes on from {saves.path}")
+        # An earlier save is exact, one in the middle of a step is not.
+        if (saves.there() or saves.save()) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"The run is saved; resume=True (--resume) goes on from {saves.path}")
         raise
 
     log.close()
 
     student.eval()
     kept = folder.keep(student)  # before anything else can go wrong
+    if not kept:
+        saves.save()
     figures = _at_last(evaluated, pair)
     generator = synthesis.generator.eval()
     report = Report(

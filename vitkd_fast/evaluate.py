@@ -80,8 +80,9 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
     if callable(data):
         return _Asked(data, teacher)
     batches = image_folder(Path(data), spec) if isinstance(data, str | Path) else data
-    if iter(batches) is not batches:  # else they can be had only once
-        first = next(iter(batches), None)
+    streamed = isinstance(getattr(batches, "dataset", None), torch.utils.data.IterableDataset)
+    if not streamed and (beginning := iter(batches)) is not batches:  # else they may be had only once
+        first = next(beginning, None)
         if first is None:
             raise ValueError(NOTHING)
         images, _ = _images_and_labels(first)

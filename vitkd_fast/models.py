@@ -136,7 +136,7 @@ def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     Where a model in training gives the logits of two heads, as timm's DeiT after set_distilled_training, they are
     averaged: so they are in eval mode.
     """
-    with _recorded(model, "forward_features") as seen:
+    with _features_recorded(model) as seen:
         logits = model(images)
     features = seen[-1] if seen else None
     if isinstance(logits, tuple) and len(logits) == 2 and model.training:
@@ -145,11 +145,17 @@ def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 @contextmanager
-def _recorded(model: Any, name: str) -> Iterator[list[Any]]:
-    """What the model's method of this name returns while it is called."""
+def _features_recorded(model: Any) -> Iterator[list[Any]]:
+    """What the model's forward_features, a method or a module, returns while the model is called."""
     seen: list[Any] = []
-    method = getattr(model, name, None)
-    if method is None:
+    method = getattr(model, "forward_features", None)
+    if isinstance(method, nn.Module):
+        with method.register_forward_hook(lambda module, given, returned: seen.append(returned)):
+            yield seen
+        return
+    own = "forward_features" in vars(model)
+    of_class = getattr(type(model), "forward_features", None)
+    if method is None or (isinstance(of_class, property) and not own):
         yield seen
         return
 
@@ -157,15 +163,14 @@ def _recorded(model: Any, name: str) -> Iterator[list[Any]]:
         seen.append(method(*args, **kwargs))
         return seen[-1]
 
-    own = name in vars(model)
-    setattr(model, name, record)
+    model.forward_features = record
     try:
         yield seen
     finally:
         if own:
-            setattr(model, name, method)
+            model.forward_features = method
         else:
-            delattr(model, name)
+            del model.forward_features
 
 
 def digest(model: nn.Module) -> str:
@@ -275,9 +280,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _cfg(model: nn.Module) -> Mapping[str, Any]:
-    model = _unwrapped(model)
-    said = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    return _config_of_transformers(model) | dict(said)
+    said = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if said is None and (inner := _unwrapped(model)) is not model:
+        return _cfg(inner)
+    return _config_of_transformers(model) | dict(said or {})
 
 
 def _config_of_transformers(model: nn.Module) -> dict[str, Any]:

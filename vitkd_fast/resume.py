@@ -15,6 +15,7 @@ from vitkd_fast.models import digest
 from vitkd_fast.pair import Pair
 from vitkd_fast.run import SAVED
 
+FAILURES = (OSError, RuntimeError, pickle.UnpicklingError)  # of a full disk torch's writer says RuntimeError
 DRAFT = ".new"  # what a save is called until all of it is written
 FREE = (  # settings that may change on the way: no step depends on them
     *("out", "overwrite", "resume", "save_minutes", "progress", "log_every", "evaluate_every", "max_skipped"),
@@ -77,23 +78,19 @@ class Saves:
         if self.path is None or not self.config.save_minutes:
             return False
         device, draft = self.pair.device, self.path.with_suffix(DRAFT)
-        content = {
-            "identity": self._identity(),
-            "state": {name: part.state_dict() for name, part in self.parts.items()},
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            },
-        }
         try:
+            content = {
+                "identity": self._identity(),
+                "state": {name: part.state_dict() for name, part in self.parts.items()},
+                "random": {
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                },
+            }
             torch.save(content, draft)
             self._prove(draft)
             os.replace(draft, self.path)
-        except (
-            OSError,
-            RuntimeError,
-            pickle.UnpicklingError,
-        ) as error:  # of a full disk torch's writer says RuntimeError
+        except FAILURES as error:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
             note = f"the run could not be saved: {str(error).splitlines()[0]}"
@@ -109,6 +106,10 @@ class Saves:
         if not self.proven:
             torch.load(draft, "cpu", weights_only=True, mmap=True)
             self.proven = True
+
+    def there(self) -> bool:
+        """Whether this run has been saved."""
+        return self.proven and self.path is not None and self.path.exists()
 
     def discard(self) -> None:
         """Of a run that is complete there is nothing to go on with."""

@@ -83,11 +83,9 @@ class RunFolder:
         return self.folder is not None and self._written(self._write_report, picture, report)
 
     def _written(self, write: Callable, *what: Any) -> bool:
-        from safetensors import SafetensorError
-
         try:
             write(self.folder, *what)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # a full disk; but also what safetensors cannot hold, for which it has no one error
             warnings.warn(f"out={self.folder} cannot be written to: {error}; the run goes on.", stacklevel=2)
             return False
         return True

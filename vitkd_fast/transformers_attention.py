@@ -24,36 +24,27 @@ def switch(model: nn.Module) -> tuple[list[str], dict[str, str], list[str]]:
     Returns the names of the blocks that do, why each of the others does not, and which of the first have dropout. A
     call that our attention is not for, with a mask, a bias, dropout or queries of other keys, goes to torch's.
     """
-    blocks = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    blocks: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_attention(module)}
     kept = {name: reason for name, module in blocks.items() if (reason := _reason_to_keep(module))}
     blocks = {name: module for name, module in blocks.items() if name not in kept}
     if any(block.config._attn_implementation != NAME for block in blocks.values()):
         _own_configs(model)
-        _register()
-    configs = {id(block.config) for block in blocks.values()}
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "set_attn_implementation") and id(module.config) in configs:
-            if module.config._attn_implementation != NAME:
-                module.set_attn_implementation({"": NAME})  # and not what it is made of
-            module.vitkd_registration = _Registration()
-    for name, block in blocks.items():
-        if block.config._attn_implementation != NAME:
-            kept[name] = f"{type(block).__name__} is part of no model that can be switched"
-    switched = [name for name in blocks if name not in kept]
-    return switched, kept, [name for name in switched if _dropout(blocks[name]) > 0]
+    for block in blocks.values():
+        block.vitkd_registration = _Registration()
+        block.config._attn_implementation = {"": NAME}  # and not of the configs in it
+    return [*blocks], kept, [name for name, block in blocks.items() if _dropout(block) > 0]
 
 
 def switch_back(model: nn.Module) -> None:
     """To torch's attention, whatever of `model` runs on ours."""
     module: Any
     for module in model.modules():
-        if vars(module).pop("vitkd_registration", None) and module.config._attn_implementation == NAME:
-            module.set_attn_implementation({"": "sdpa"})
+        if vars(module).pop("vitkd_registration", None):
+            module.config._attn_implementation = {"": "sdpa"}
 
 
 class _Registration:
-    """Part of every switched model, so that unpickling one in another process registers its attention there."""
+    """Part of every switched block, so that unpickling one in another process registers our attention there."""
 
     def __init__(self):
         _register()

@@ -2,6 +2,9 @@
 // registers and the other side of each product passes through shared memory in tiles, so no N x N matrix exists
 // anywhere. The backward recomputes the softmax instead of reading saved statistics, and one thread block owns a head:
 // it has no atomics, and two runs agree bit for bit.
+#include <algorithm>
+#include <cfloat>
+
 #include "attention.cuh"
 #include "tile.cuh"
 
@@ -44,7 +47,7 @@ struct Scale {
 
   explicit Scale(double scale)
       : of_score(static_cast<float>(kExact ? (scale > 0) - (scale < 0) : scale * kLog2E)),
-        of_difference(static_cast<float>(scale == 0 ? 1 : std::fabs(scale))) {}
+        of_difference(scale == 0 ? 1.0f : std::max(static_cast<float>(std::fabs(scale)), FLT_MIN)) {}
 
   __device__ __forceinline__ float logit(float score) const { return score * of_score; }
   __device__ __forceinline__ float weight(float logit, float largest) const {

@@ -242,7 +242,9 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int block, size_t shared_
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block, shared_bytes);
   const int64_t found = int64_t{processors} * each;
-  return found > 0 ? blocks = found : 1;  // an error comes back at the launch
+  if (found > 0) return blocks = found;
+  cudaGetLastError();  // the launch will have an error of its own
+  return 1;
 }
 
 // Queues kernel<<<grid, block>>>; null, or what went wrong.
@@ -253,7 +255,10 @@ const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
   if (shared_bytes > 48 * 1024) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) return cudaGetErrorString(status);
+    if (status != cudaSuccess) {
+      cudaGetLastError();  // or the next launch, of another kernel or device, would be told of it
+      return cudaGetErrorString(status);
+    }
   }
   kernel<<<static_cast<unsigned>(grid), block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t status = cudaGetLastError();

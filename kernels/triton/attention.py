@@ -169,6 +169,7 @@ def _backward_head_kernel(
         scores = tl.where((columns < tokens)[:, None], scores, float("-inf"))
         weights = _exp(scores - tl.max(scores, 0)[None, :], log2_scale)
         weights = weights / tl.sum(weights, 0)[None, :]
+        weights = tl.where((rows < tokens)[None, :], weights, 0.0)  # a query that is none is 0, and 0 * inf no number
         grad_weights = _dot(value, tl.trans(grad_mixed))
         delta = tl.sum(weights * grad_weights, 0)
         grad_scores = (weights * (grad_weights - delta[None, :])).to(key.dtype)
@@ -262,6 +263,7 @@ def _backward_keys_kernel(
         grad_mixed = _load(grad_out_base, rows, dims, grad_stride_token, tokens, HEAD_DIM)
         scores = _scores(key, query, NEGATIVE)
         weights = _exp(scores - row_max[None, :], log2_scale) * inverse_sum[None, :]
+        weights = tl.where((rows < tokens)[None, :], weights, 0.0)  # as above
         grad_weights = _dot(value, tl.trans(grad_mixed))
         grad_scores = (weights * (grad_weights - delta[None, :])).to(key.dtype)
         grad_value += _dot(weights.to(key.dtype), grad_mixed)

@@ -147,7 +147,7 @@ def test_a_path_from_wherever_it_begins_tells_images_apart(tmp_path, before):
 def test_an_image_that_is_not_there_is_not_another_of_its_name(tmp_path):
     picture(tmp_path / "images/v1/a.png")
     both = [{**IMAGES[0], "id": index, "file_name": f"v{index}/a.png"} for index in (1, 2)]
-    with pytest.raises(FileNotFoundError, match=r"names v1/a.png, v2/a.png, of which .* has one alone, v1/a.png"):
+    with pytest.raises(FileNotFoundError, match=r"names v1/a.png and v2/a.png, of which .* has one alone, v1/a.png"):
         read_scenes(coco(tmp_path, both, []), SIZE)
 
 

@@ -48,6 +48,10 @@ def test_where_no_name_is_the_same_the_order_counts_with_a_note(names):
     assert found is given and note == "evaluate: classes are taken in their order, label 0 is 'cat' and so on"
 
 
+def test_no_classes_are_no_names():
+    assert as_named(scenes(), ["cat"])[1] is None
+
+
 def test_names_of_models():
     assert names_of(named("cat", "dog")) == ["cat", "dog"]
     assert names_of(named("LABEL_0", "LABEL_1")) is None

@@ -236,6 +236,20 @@ def test_a_masked_first_block_does_not_spoil_the_row():
     assert_follows_rule(attention(qkv, 1.0), exact, attention_formula(qkv, 1.0), "out")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [18, 300])
+def test_a_key_that_nobody_looks_at_may_be_infinite(tokens, dtype):
+    """Its logits are -inf and its weights 0, but for the zeros that stand for queries past the last one: 0 * inf."""
+    qkv, grad_out = draw(1, tokens, 1, 16, dtype)
+    qkv[:, :, 0, :, 3] = qkv[:, :, 0, :, 3].abs() + 0.1
+    qkv[0, 5, 1, 0, 3] = -float("inf")
+    expected = attention_backward_formula(grad_out.float(), qkv.float(), 0.25)[:, :, 1:]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(
+        attention_backward(grad_out, qkv, 0.25)[:, :, 1:].float(), expected, atol=0.05, rtol=0.05
+    )
+
+
 def test_no_images():
     qkv, grad_out = draw(0, 17, 2, 16, torch.float32)
     assert attention(qkv, 1.0).shape == (0, 17, 32)

@@ -435,6 +435,43 @@ def test_what_becomes_of_a_gradient_does_not_change_the_next():
         grad.zero_()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "in place, as on a GPU"])
+def test_saved_tensors_that_are_others_each_time(dtype, scaled, monkeypatch):
+    """As save_on_cpu and checkpointing make them; a factor must not go into one that is thrown away."""
+    student, teacher = draw(6, 10, dtype)
+    exact = student.double().requires_grad_()
+    (kd_loss(exact, teacher.double()) * 5).backward()
+
+    def gradient(loss_of):
+        x = student.clone().requires_grad_()
+        loss = loss_of(x)
+        with monkeypatch.context() as patch:
+            if scaled:
+                patch.setattr(torch.Tensor, "is_cuda", True)
+            loss.backward()
+        torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0.02, atol=1e-3)
+
+    def loss_of(x):
+        return kd_loss(x, teacher) * 5
+
+    def copied(x):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            return loss_of(x)
+
+    gradient(loss_of)
+    gradient(copied)
+    gradient(lambda x: torch.utils.checkpoint.checkpoint(loss_of, x, use_reentrant=False))
+
+
+def test_the_mean_of_many_rows_of_float16_keeps_its_share():
+    """1 / B of 200,000 rows is no float16."""
+    student, teacher = (side.half().requires_grad_() for side in draw(200_000, 2, torch.float32))
+    (kd_loss(student, teacher, kind="js") * 65536).backward(retain_graph=True)
+    exact = kd_grads_formula(student.double(), teacher.double(), "js", 1.0)[0] * 65536 / 200_000
+    assert (student.grad.double() - exact).abs().max() <= 2e-3 * exact.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["kl", "js"])
 @pytest.mark.parametrize("temperature", [1.0, 20.0])
 def test_a_loss_scale_saves_small_gradients_of_float16(kind, temperature):

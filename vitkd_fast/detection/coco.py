@@ -39,12 +39,12 @@ def read_coco(
     names, labels = _labels(annotations, content["categories"], classes)
     files = ImageFiles(Path(images))
     paths = [files.find(image["file_name"]) for image in content["images"]]
-    if len(set(paths)) < len(paths):
-        path = next(path for path in paths if paths.count(path) > 1)
-        several = [image["file_name"] for image, found in zip(content["images"], paths) if found == path]
-        raise FileNotFoundError(
-            f"{annotations} names {', '.join(several[:3])}, of which {str(images)!r} has one alone, {path}."
-        )
+    named: dict[str, str] = {}  # where each name was found
+    for image, path in zip(content["images"], paths):
+        if (other := named.setdefault(path, image["file_name"])) != image["file_name"]:
+            raise FileNotFoundError(
+                f"{annotations} names {other} and {image['file_name']}, of which {str(images)!r} has one alone, {path}."
+            )
     said = [_size(image) for image in content["images"]]
     pixels, sizes = decoded(files, paths, size, channels, said)
     # Boxes are in pixels of the size that the JSON says: the images may since have been made smaller.

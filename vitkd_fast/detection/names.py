@@ -38,6 +38,8 @@ def as_named(scenes: Scenes, names: list[str] | None) -> tuple[Scenes, str | Non
     known = [(_plain(name), label) for label, name in enumerate(names or ()) if not GENERIC.fullmatch(name)]
     label_of = dict(reversed(known))  # the first of a name counts
     labels = [label_of.get(_plain(name)) for name in scenes.classes]
+    if not labels:
+        return scenes, None
     if all(label is None for label in labels):
         return scenes, f"evaluate: classes are taken in their order, label 0 is {scenes.classes[0]!r} and so on"
     objects = []

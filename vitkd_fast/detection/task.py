@@ -96,6 +96,7 @@ class Detection(Classification):
             return None
         if isinstance(data, str | Path):
             data = read_scenes(Path(data), (spec.height, spec.width), spec.channels)
+        if isinstance(data, Scenes):
             data, note = as_named(data, names_of(pair.teacher))
             pair.notes += [note] if note else []
         count, shape = 0, (spec.channels, spec.height, spec.width)
@@ -109,7 +110,8 @@ class Detection(Classification):
                     f"evaluate has an image of shape {tuple(scene[0].shape)} as number {index}; accepted: the "
                     f"teacher's, {shape}."
                 )
-            if not scene[0].is_floating_point() or not 0 <= scene[0].min() <= scene[0].max() <= 1:
+            # a thousandth more or less is what resizing can make of 0 and 1
+            if not scene[0].is_floating_point() or not -1e-3 <= scene[0].min() <= scene[0].max() <= 1 + 1e-3:
                 raise ValueError(
                     f"evaluate has pixels of dtype {str(scene[0].dtype).removeprefix('torch.')} from "
                     f"{scene[0].min():.4g} to {scene[0].max():.4g} as number {index}; accepted: floats from 0 to 1."

@@ -41,7 +41,7 @@ def differentiate(name: str, backward: Callable, setup_context: Callable) -> Non
 
 def number(name: str, value: float) -> float:
     """A scalar argument as a float, which takes a tensor out of the graph: an error where somebody waits for that."""
-    if isinstance(value, Tensor) and value.requires_grad:
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise TypeError(f"{name} is a tensor that requires a gradient, and would get none; pass a number.")
     return float(value)
 

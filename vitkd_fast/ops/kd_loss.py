@@ -127,24 +127,26 @@ def _setup_context(ctx, inputs, output):
 def _backward(ops, ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    share = 1 / max(ctx.saved_tensors[0].shape[0], 1) if ctx.mean else 1.0
-    factor = grad if ctx.mean else grad.unsqueeze(1)
+    student, teacher, *kept = ctx.saved_tensors  # once: hooks may make other tensors each time, or refuse
+    share = 1 / max(student.shape[0], 1) if ctx.mean else 1.0
+    factor = grad.reshape(-1, 1)  # with dimensions, lest it be rounded to float16
     if torch.is_grad_enabled():
-        return *_differentiable(ctx, factor * share), None, None, None, None, None, None
-    return *_scaled(ctx, factor * (share / ctx.weight)), None, None, None, None, None, None
+        grads = _differentiable(ctx, student, teacher, factor * share)
+    else:
+        grads = _scaled(ctx, kept, factor * (share / ctx.weight))
+    return *grads, None, None, None, None, None, None
 
 
-def _scaled(ctx, factor: Tensor | None) -> list[Tensor | None]:
-    """The saved gradients where they are needed, times `factor` unless it is None."""
+def _scaled(ctx, kept: list[Tensor], factor: Tensor | None) -> list[Tensor | None]:
+    """The kept gradients where they are needed, times `factor` unless it is None."""
     return [
         (grad if factor is None else (grad * factor).to(grad.dtype)) if needed else None
-        for grad, needed in zip(ctx.saved_tensors[2:], ctx.needs_input_grad)
+        for grad, needed in zip(kept, ctx.needs_input_grad)
     ]
 
 
-def _differentiable(ctx, factor: Tensor) -> list[Tensor | None]:
+def _differentiable(ctx, student: Tensor, teacher: Tensor, factor: Tensor) -> list[Tensor | None]:
     """The gradients once more, from the logits, as create_graph asks for what can be differentiated again."""
-    student, teacher = ctx.saved_tensors[:2]
     precise = _row_dtype(student)
     grads = kd_grads_formula(student.to(precise), teacher.to(precise), ctx.kind, ctx.temperature)
     return [(grad * factor).to(student.dtype) if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
@@ -180,29 +182,30 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        factor = grad if ctx.mean else grad.unsqueeze(1)
+        student, teacher, *kept = ctx.saved_tensors  # once, as above
+        factor = grad.reshape(-1, 1)  # with dimensions, lest it be rounded to float16
         if torch.is_grad_enabled():
-            return *_differentiable(ctx, factor * ctx.share), None, None, None, None
-        # a real number, nobody records the ops that work with it, and nobody asks for the saved gradients again
+            return *_differentiable(ctx, student, teacher, factor * ctx.share), None, None, None, None
+        # a real number, nobody records the ops that work with it, and nobody asks for the kept gradients again
         known = ctx.mean and is_plain(grad) and not torch._C._len_torch_dispatch_stack()
         known = known and not torch._C._autograd._get_current_graph_task_keep_graph()
         if known and grad.is_cuda:
             with Below():
-                torch.ops.vitkd.scale_(*ctx.saved_tensors[2:], grad, ctx.rest)
+                torch.ops.vitkd.scale_(*kept, grad, ctx.rest)
             factor = None
         elif ctx.rest != 1:
             factor = factor * ctx.rest
         elif known and _is_one(grad):
             factor = None
-        return *_scaled(ctx, factor), None, None, None, None
+        return *_scaled(ctx, kept, factor), None, None, None, None
 
 
 def _ops(logits: Tensor):
-    """The namespace whose kernel takes these logits."""
+    """The namespace whose kernel takes these logits; None: there is no kernel for them."""
     if logits.device.type == "cuda":
         for most, name, _ in choice.kd_loss(logits.device, logits.dtype):
             if most is None or logits.shape[1] <= most:
-                return torch.ops.vitkd_triton if name == "triton" else torch.ops.vitkd
+                return {"triton": torch.ops.vitkd_triton, "native": torch.ops.vitkd}.get(name)
     return torch.ops.vitkd
 
 
@@ -226,7 +229,8 @@ def kd_loss(
 
     Args:
         student_logits, teacher_logits: (B, C), float32, bfloat16, float16 or float64; different dtypes are promoted.
-            Each receives a gradient if it requires one: the adversarial generator differentiates both.
+            Each receives a gradient if it requires one: the adversarial generator differentiates both. Then neither
+            may be changed in place before backward.
         kind: with p, q the softmax of teacher and student logits divided by the temperature T,
             "kl" T² KL(p ‖ q) (Hinton et al. 2015); "reverse_kl" T² KL(q ‖ p); "js" T² (KL(p ‖ m) + KL(q ‖ m)) / 2 with
             m = (p + q) / 2 (Yin et al. 2020); "l1" and "mse": mean over the classes of |s - t| (Fang et al. 2019) and
@@ -252,13 +256,14 @@ def kd_loss(
         dtype = torch.promote_types(dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
     mean = reduction == "batchmean"
-    if transformed() or (dtype is torch.float64 and student.is_cuda):  # the CUDA kernels have no float64
+    ops = _ops(student)
+    if ops is None or transformed() or (dtype is torch.float64 and student.is_cuda):  # the CUDA kernels have no float64
         student, teacher = student.to(_row_dtype(student)), teacher.to(_row_dtype(teacher))
         rows = kd_rows_formula(student, teacher, kind, temperature)
         return rows.mean() if mean else rows
     enabled = torch.is_grad_enabled()
     wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
-    ops, index = _ops(student), KINDS.index(kind)
+    index = KINDS.index(kind)
     if is_plain(student, teacher):
         if wanted[0] or wanted[1]:
             return _Loss.apply(student, teacher, ops, index, temperature, mean)
