@@ -126,9 +126,10 @@ def test_each_device_computes_the_same(cuda, tokens, head_dim):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", (24, 32))
-def test_scale_zero_is_a_mean(cuda, head_dim, dtype):
+@pytest.mark.parametrize("scale", (0.0, 1e-46))  # the second is 0 in float32
+def test_scale_zero_is_a_mean(cuda, scale, head_dim, dtype):
     qkv, grad_out, _ = inputs(37, 2, head_dim, dtype)
-    assert_both_accurate(cuda, qkv, grad_out, 0.0)
+    assert_both_accurate(cuda, qkv, grad_out, scale)
 
 
 def test_more_tokens_than_one_chunk_of_statistics(cuda):
