@@ -9,20 +9,16 @@ SCALE = 0.7  # how much a turned image may also grow or shrink, for each radian 
 
 def shifted(images: Tensor, share: float) -> Tensor:
     """Each (C, H, W) image moved by its own whole pixels, up to `share` of its sides; edges are repeated."""
-    batch, channels, *sides = images.shape
+    batch, _, *sides = images.shape
     most = [round(share * side) for side in sides]
     if not any(most):
         return images
-    rows, columns = (
-        (
-            torch.arange(side, device=images.device)
-            + torch.randint(-reach, reach + 1, (batch, 1), device=images.device)
-        ).clamp_(0, side - 1)
-        for side, reach in zip(sides, most, strict=True)
-    )  # (B, H), (B, W)
-    image, channel = (torch.arange(count, device=images.device) for count in (batch, channels))
-    # all four by index, so that the result is contiguous: torch's convolutions of 1×1 crash on some that are not
-    return images[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    for dim, (side, reach) in enumerate(zip(sides, most, strict=True), start=2):
+        places = torch.arange(side, device=images.device)
+        places = (places + torch.randint(-reach, reach + 1, (batch, 1), device=images.device)).clamp_(0, side - 1)
+        index = places.view(batch, 1, *(side if dim == other else 1 for other in (2, 3)))
+        images = images.gather(dim, index.expand(images.shape))
+    return images  # contiguous: of others torch's gradient of a convolution of one pixel in two crashes
 
 
 def warped(
