@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import TinyNet, same, state, tiny_student, tiny_teacher
+from tiny import TinyNet, failing_teacher, same, state, tiny_student, tiny_teacher
 
 from vitkd_fast.distill import distill
 from vitkd_fast.methods import METHODS
@@ -76,17 +76,7 @@ def test_after_ctrl_c(tmp_path):
     """It has saved a student and a report already; both give way to those of the end."""
     options = {**QUICK, "out": tmp_path, "method": "dfad"}
 
-    class Stops(TinyNet):
-        left = 15
-
-        def forward_head(self, tokens):
-            self.left -= 1
-            if not self.left:
-                raise KeyboardInterrupt
-            return super().forward_head(tokens)
-
-    teacher = Stops(16)
-    teacher.load_state_dict(tiny_teacher().state_dict())
+    teacher = failing_teacher(KeyboardInterrupt(), at=15)
     stopped = distill(teacher, tiny_student(), **options).report
     assert stopped.status == "interrupted" and 0 < stopped.steps < 13
     assert any("resume=True" in note and str(tmp_path) in note for note in stopped.notes)
@@ -203,17 +193,7 @@ def test_what_could_not_be_read_back_is_not_called_saved(tmp_path, monkeypatch):
 
 
 def test_an_error_leaves_an_exact_save_as_it_is(tmp_path):
-    class Breaks(TinyNet):
-        left = 15
-
-        def forward_head(self, tokens):
-            self.left -= 1
-            if not self.left:
-                raise LookupError("a stranger's bug")
-            return super().forward_head(tokens)
-
-    teacher = Breaks(16)
-    teacher.load_state_dict(tiny_teacher().state_dict())
+    teacher = failing_teacher(LookupError("a stranger's bug"), at=15)
     options = {**QUICK, "method": "dfad"}
     whole = distill(tiny_teacher(), tiny_student(), **options)
     with pytest.raises(LookupError):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import TinyNet, same, smooth_images, state, tiny_student, tiny_teacher
+from tiny import TinyNet, failing_teacher, same, smooth_images, state, tiny_student, tiny_teacher
 
 from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
@@ -165,17 +165,7 @@ def test_a_folder_that_cannot_be_written_to_does_not_end_a_run(tmp_path, monkeyp
 
 
 def test_an_error_on_the_way_is_raised_and_the_run_saved(tmp_path):
-    class Breaks(TinyNet):
-        left = 8
-
-        def forward_head(self, tokens):
-            self.left -= 1
-            if not self.left:
-                raise LookupError("a stranger's bug")
-            return super().forward_head(tokens)
-
-    teacher = Breaks(16)
-    teacher.load_state_dict(tiny_teacher().state_dict())
+    teacher = failing_teacher(LookupError("a stranger's bug"), at=8)
     with pytest.raises(LookupError, match="a stranger's bug"):
         distill(teacher, tiny_student(), steps=12, out=tmp_path, **QUICK)
     assert 0 < torch.load(tmp_path / "run.pt", weights_only=True)["state"]["log"]["steps"] < 12

@@ -1,5 +1,7 @@
 """The smallest networks that the distillation tests need: they learn in seconds."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,6 +47,20 @@ def tiny_teacher() -> TinyNet:
             scale = 3 / logits.std(0)
             teacher.head.weight.mul_(scale.unsqueeze(1))
             teacher.head.bias.copy_((teacher.head.bias - logits.mean(0)) * scale)
+    return teacher
+
+
+def failing_teacher(error: BaseException, at: int) -> TinyNet:
+    """The same, but its call number `at` raises the error."""
+    teacher, calls = tiny_teacher(), itertools.count(1)
+    head = teacher.forward_head
+
+    def forward_head(tokens):
+        if next(calls) == at:
+            raise error
+        return head(tokens)
+
+    teacher.forward_head = forward_head
     return teacher
 
 

@@ -37,8 +37,9 @@ class Config:
     """Go on with the run in `out` that was stopped, if there is one, and otherwise begin. From a save it goes on as it
     would have, bit for bit on the CPU; after Ctrl-C, the step that was interrupted is made again."""
     save_minutes: float = 10.0
-    """Minutes between saves of the whole run to run.pt in `out`, for `resume`; Ctrl-C saves too, and a run that comes
-    to its end removes it. With the images of the pool it grows to 3 GB at 3 × 224 × 224. 0: no saves."""
+    """Minutes between saves of the whole run to run.pt in `out`, for `resume`; Ctrl-C saves too, and an error does
+    before the first save; a run that comes to its end removes it. With the images of the pool it grows to 3 GB at
+    3 × 224 × 224. 0: no saves."""
 
     teacher_checkpoint: Path | None = None
     """Weights of a teacher given by name: a safetensors file, or a state_dict that torch.save wrote."""
