@@ -174,6 +174,8 @@ def test_cuda_is_found_by_its_compiler(monkeypatch, wish, home, expected):
 def test_cuda_architectures_follow_the_list(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     assert native.cuda_architectures("nvcc") == ["8.0", "9.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5+PTX 9.0a 12.0")  # none of what the kernels are not for
+    assert native.cuda_architectures("nvcc") == ["9.0a", "12.0"]
 
 
 @pytest.mark.parametrize(

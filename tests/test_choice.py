@@ -74,6 +74,19 @@ def test_attention_without_a_gradient_has_a_table_of_its_own(pretend):
     assert "attention without gradient" not in str(doctor())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gpus_that_the_kernels_are_not_compiled_for_run_on_torch(pretend, monkeypatch, dtype):
+    pretend()
+    monkeypatch.setattr(choice, "_model", lambda device: ("Tesla T4", [7, 5]))
+    for tokens in (2, 50, 300):
+        assert choose(CUDA, dtype, 64, tokens) == ("sdpa", "compute capability 7.5 is below 8.0")
+    assert [name for _, name, _ in choice.kd_loss(CUDA, dtype)] == ["sdpa"]
+    if torch.version.cuda:
+        with FakeTensorMode(), torch.device("cuda"):
+            module = sys.modules["vitkd_fast.ops.kd_loss"]
+            assert module._ops(torch.zeros(2, 3, dtype=dtype)) is None
+
+
 def test_attention_asks_whether_there_will_be_a_gradient(monkeypatch):
     asked = []
     module = sys.modules["vitkd_fast.ops.attention"]
