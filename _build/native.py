@@ -163,17 +163,16 @@ def cuda_architectures(nvcc: str) -> list[str]:
 
     Less those that the kernels are not for, before 8.0.
     """
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if listed:
-        return [architecture for architecture in listed if _number(architecture) >= 8]
-    try:
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        there = set(subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split())
-        return sorted(architecture for architecture in there if _number(architecture) >= 8)
-    except (OSError, subprocess.CalledProcessError):
-        known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
-        wanted = CUDA_ARCHITECTURES.split()
-        return [architecture for architecture in wanted if f"compute_{digits(architecture)}" in known]
+    found = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not found:
+        try:
+            query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+            found = sorted(set(subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split()))
+        except (OSError, subprocess.CalledProcessError):
+            known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+            wanted = CUDA_ARCHITECTURES.split()
+            found = [architecture for architecture in wanted if f"compute_{digits(architecture)}" in known]
+    return [architecture for architecture in found if _number(architecture) >= 8]
 
 
 def nvcc_codes(architectures: Sequence[str]) -> list[str]:

@@ -198,5 +198,8 @@ def test_an_error_leaves_an_exact_save_as_it_is(tmp_path):
     whole = distill(tiny_teacher(), tiny_student(), **options)
     with pytest.raises(LookupError):
         distill(teacher, tiny_student(), out=tmp_path, **options | OFTEN)
+    with pytest.raises(LookupError):  # in a run that has gone on, and has made no save of its own
+        again = failing_teacher(LookupError("again"), at=8)
+        distill(again, tiny_student(seed=8), out=tmp_path, resume=True, **options)
     resumed = distill(teacher, tiny_student(seed=9), out=tmp_path, resume=True, **options)
     assert same(state(resumed.student), state(whole.student))

@@ -89,11 +89,11 @@ def _attention(
     measured = entry(device).get("attention", {}).get(kind, {})
     if not gradient:
         measured = measured | entry(device).get("attention_forward", {}).get(kind, {})
-    _, capability = _model(device) or (None, None)
-    if capability is not None and capability[0] < OLDEST:
-        return ((None, (_too_old(capability),)),)
+    if refused := _too_old(device):
+        return ((None, (refused,)),)
     widths: dict[int | None, tuple[Range, ...]]
     widths = {int(width): _measured(ranges, "tokens") for width, ranges in measured.items()}
+    _, capability = _model(device) or (None, None)
     for width in (*WHOLE_HEAD_DIMS, None):
         widths.setdefault(width, _default(default_tokens(capability, kind, width)))
     return tuple(widths.items())  # None, which fits any width, comes last
@@ -125,9 +125,8 @@ def attention(
 def _kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
     if WISH in ("native", "triton"):
         return _wished()
-    _, capability = _model(device) or (None, None)
-    if capability is not None and capability[0] < OLDEST:
-        return (_too_old(capability),)
+    if refused := _too_old(device):
+        return (refused,)
     measured = entry(device).get("kd_loss", {}).get(dtype_class(dtype))
     return _measured(measured, "classes") if measured else (_range(None, "native", "default, not measured"),)
 
@@ -144,7 +143,11 @@ def forget() -> None:
         function.cache_clear()
 
 
-def _too_old(capability: Sequence[int]) -> Range:
+def _too_old(device: torch.device) -> Range | None:
+    """Torch for everything, if this GPU is one that the kernels are not compiled for."""
+    _, capability = _model(device) or (None, None)
+    if capability is None or capability[0] >= OLDEST:
+        return None
     return None, "sdpa", f"compute capability {capability[0]}.{capability[1]} is below {OLDEST}.0"
 
 

@@ -66,11 +66,11 @@ class _Asked:
         self.function, self.teacher, self.answer = function, teacher, _share(function(teacher))
 
     def __call__(self, model: nn.Module) -> float:
-        return self.answer if model is self.teacher else _share(self.function(model))
+        return self.answer if model is self.teacher else self.function(model)
 
 
 def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) -> Any:
-    """The data, after the teacher has answered to a first batch of them, or to all if they are a function.
+    """The data, of a folder its batches, after the teacher has answered to the first of them, or to all of a function.
 
     Raises:
         ValueError: they are not what `evaluate_pair` can use.
@@ -88,7 +88,7 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
         images, _ = _images_and_labels(first)
         with torch.no_grad():
             teacher(images.to(device))
-    return data
+    return batches
 
 
 def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:

@@ -108,8 +108,8 @@ class Saves:
             self.proven = True
 
     def there(self) -> bool:
-        """Whether this run has been saved."""
-        return self.proven and self.path is not None and self.path.exists()
+        """Whether this run has been saved: a new one begins by clearing away what another left."""
+        return self.path is not None and self.path.exists()
 
     def discard(self) -> None:
         """Of a run that is complete there is nothing to go on with."""

@@ -91,10 +91,10 @@ class Synthesis:
         # Where the images of a round are what is wanted, they are the same throughout; else each step has its own.
         same = config.learn_latent or config.restart != "never" or config.images != "fresh"
         noise, labels = self._draw()
-        for step in range(config.generator_steps):
-            if step and not same:
-                noise, labels = self._draw()
-            with frozen(self.pair.student):  # and in backward, which computes checkpointed activations again
+        with frozen(self.pair.student):  # and in backward, which computes checkpointed activations again
+            for step in range(config.generator_steps):
+                if step and not same:
+                    noise, labels = self._draw()
                 loss, values, images = self._judge(noise, labels, step)
                 learner.step(loss, values, self._progress(step, progress))
         self.images = images

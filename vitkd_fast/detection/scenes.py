@@ -73,7 +73,8 @@ class ImageFiles:
             return wanted
         if len(found) > 1:
             common = {path: _common_end(path, wanted) for path in found}
-            found = [path for path in found if common[path] == max(common.values())]
+            longest = max(common.values())
+            found = [path for path in found if common[path] == longest]
         if len(found) > 1:
             raise ValueError(
                 f"{wanted!r} could be any of {', '.join(found[:3])} in {str(self.place)!r}; say which by its path."
