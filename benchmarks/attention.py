@@ -3,7 +3,9 @@
 Every contender gets the same (B, N, 3, H, D) tensor and must deliver (B, N, H*D), so layout copies count.
 """
 
+import contextlib
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from _sizes import sizes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkd_fast import backends
+from vitkd_fast.ops import attention
 from vitkd_fast.ops.attention import attention_backward_formula, attention_formula, choose
 
 SHAPES = {  # batch, heads, tokens, head_dim
@@ -97,11 +100,23 @@ def contenders(arguments, size: tuple[int, ...], scale: float) -> list[Contender
 
 def ours(device: str, scale: float) -> list[Contender]:
     """What the dispatcher has; on a GPU the CUDA and the Triton kernels side by side."""
+    function = partial(attention, scale=scale)
     chosen = backends.implementation("attention", device).name
-    result = [Contender(f"vitkd {chosen}", lambda qkv: torch.ops.vitkd.attention(qkv, scale), ours=True)]
+    result = [Contender(f"vitkd {chosen}", function, ours=True, context=partial(taken_by, "native"))]
     if device == "cuda" and chosen != "triton" and "triton" in backends.cuda_kernels():
-        result.append(Contender("vitkd triton", lambda qkv: torch.ops.vitkd_triton.attention(qkv, scale), ours=True))
+        result.append(Contender("vitkd triton", function, ours=True, context=partial(taken_by, "triton")))
     return result
+
+
+@contextlib.contextmanager
+def taken_by(name: str):
+    """Whatever the package would choose: these kernels."""
+    module = sys.modules["vitkd_fast.ops.attention"]  # the package's attribute is the function
+    before, module.choose = module.choose, lambda *_: (name, "asked for")
+    try:
+        yield
+    finally:
+        module.choose = before
 
 
 def sdpa(scale: float):
