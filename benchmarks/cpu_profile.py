@@ -34,7 +34,7 @@ STAGES = {
     "operands": ("pack_across", "pack_rows", "pack_down", "by_elements", "by_vectors", "clear"),
     "turning": ("turn",),
     "results": ("finish",),
-    "prefetch": ("some",),
+    "prefetch": ("some", "begin", "take", "look_ahead"),
 }
 STAGE_OF = {name: stage for stage, names in STAGES.items() for name in names}
 OPERATIONS = {"forward": 4, "backward": 10}  # per token, token and channel

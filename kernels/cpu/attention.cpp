@@ -42,6 +42,13 @@ void for_each_strip(int64_t tokens, Body body) {
 }
 
 template <class In>
+int64_t strips_of(int64_t tokens) {
+  int64_t strips = 0;
+  for_each_strip<In>(tokens, [&](const Strip&) { ++strips; });
+  return strips;
+}
+
+template <class In>
 int64_t widest_strip(int64_t tokens) {
   using T = SumOf<In>;
   const int64_t padded = pad<T>(tokens), most = strip_lanes(tokens) + (lone_queries<In>(tokens) > 0 ? kLanes<T> : 0);
@@ -61,15 +68,33 @@ const O* grad_of(const AttentionBackward& args, int64_t index) {
   return static_cast<const O*>(args.grad_out) + b * args.grad_out_stride[0] + h * args.grad_out_stride[2];
 }
 
+template <class S>
+S* grad_qkv_of(const AttentionBackward& args, int64_t index) {
+  const int64_t b = index / args.heads, h = index % args.heads, channels = args.heads * args.head_dim;
+  return static_cast<S*>(args.grad_qkv) + b * args.tokens * 3 * channels + h * args.head_dim;
+}
+
+// What a thread computes now, next and after that, as far as it can tell; where there is nothing, the number of them all.
+struct Turn {
+  int64_t now, next, after;
+};
+
+// What the head after the next reads and then, of backward, what the next writes: by the time that one small head takes,
+// memory has not answered.
 template <class S, class O, class Args>
-void add_head(Ahead& ahead, const Args& args, int64_t index) {
-  if (index >= args.batch * args.heads) return;
-  for (int64_t i = 0; i < 3; ++i) {
-    const S* rows = head_of<S>(args, index) + i * args.qkv_stride[2];
-    ahead.add(rows, args.qkv_stride[1], args.tokens, args.head_dim);
+void look_ahead(Ahead& ahead, const Args& args, const Turn& heads) {
+  constexpr bool backward = std::is_same_v<Args, AttentionBackward>;
+  const int64_t all = args.batch * args.heads, tokens = args.tokens, head_dim = args.head_dim;
+  if (heads.after < all) {
+    const S* rows = head_of<S>(args, heads.after);
+    for (int64_t i = 0; i < 3; ++i) ahead.add(rows + i * args.qkv_stride[2], args.qkv_stride[1], tokens, head_dim);
+    if constexpr (backward) ahead.add(grad_of<O>(args, heads.after), args.grad_out_stride[1], tokens, head_dim);
   }
-  if constexpr (std::is_same_v<Args, AttentionBackward>) {
-    ahead.add(grad_of<O>(args, index), args.grad_out_stride[1], args.tokens, args.head_dim);
+  if constexpr (backward) {
+    if (heads.next == all) return;
+    const S* rows = grad_qkv_of<S>(args, heads.next);
+    const int64_t channels = args.heads * head_dim;
+    for (int64_t i = 0; i < 3; ++i) ahead.add(rows + i * channels, 3 * channels, tokens, head_dim);
   }
 }
 
@@ -81,9 +106,9 @@ inline int64_t parts_of_head(const Attention& args) {
 }
 
 template <class S, class In, class O>
-void forward_head(const Attention& args, int64_t task, int64_t next_task, Workspace& memory) {
+void forward_head(const Attention& args, const Turn& tasks, Workspace& memory) {
   using T = SumOf<In>;
-  const int64_t parts = parts_of_head(args), index = task / parts, part = task % parts;
+  const int64_t parts = parts_of_head(args), index = tasks.now / parts, part = tasks.now % parts;
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
   const int64_t b = index / args.heads, h = index % args.heads, row_stride = args.qkv_stride[1];
   const int64_t width = pad<T>(head_dim), depth = steps<In>(head_dim), key_width = pad<T>(depth);
@@ -94,8 +119,9 @@ void forward_head(const Attention& args, int64_t task, int64_t next_task, Worksp
   const int64_t out_stride = args.heads * head_dim;
   O* out = static_cast<O*>(args.out) + b * tokens * out_stride + h * head_dim;
 
-  Ahead ahead(2 * tokens * tokens * head_dim);
-  if (next_task / parts != index) add_head<S, O>(ahead, args, next_task / parts);
+  Ahead ahead;
+  if (tasks.after / parts != index) look_ahead<S, O>(ahead, args, {index, tasks.next / parts, tasks.after / parts});
+  ahead.spread_over(2 * tokens * tokens * head_dim / parts);
   memory.rewind();
   In* key_room = memory.take<In>(tile_rows<In>(tokens) * key_width);
   In* value_room = memory.take<In>(tile_depth<In>(tokens) * width);
@@ -126,32 +152,33 @@ void forward_head(const Attention& args, int64_t task, int64_t next_task, Worksp
       row_to_column(operand_row<In>(lone_scores, tokens), steps<In>(tokens), weights + n, its.stride);
     }
     clear(weights, steps<In>(tokens), tile_depth<In>(tokens), its.stride);
-    const Result<O, In> result(out + its.first * out_stride, out_stride, head_dim, out_strip, its.rows, false);
+    const Result<O, In> result(out + its.first * out_stride, out_stride, head_dim, out_strip, its.rows,
+                               sections_of<In>(steps<In>(tokens)), {inverse});
     gemm<In>({its.rows, width, steps<In>(tokens), weights, 1, its.stride, value_down.rows, value_down.stride,
-              result.rows, result.stride, false, &ahead, result.in_place ? inverse : nullptr});
-    result.finish(its.rows, [&](int64_t i) { return inverse[i]; });
+              result.rows, result.stride, false, &ahead, result.in_product()});
+    result.finish(its.rows);
   });
 }
 
 template <class S, class In, class O>
-void backward_head(const AttentionBackward& args, int64_t index, int64_t next_index, Workspace& memory) {
+void backward_head(const AttentionBackward& args, const Turn& heads, Workspace& memory) {
   using T = SumOf<In>;
   constexpr bool pairs = kSteps<In> == 2;
   const int64_t tokens = args.tokens, head_dim = args.head_dim;
-  const int64_t b = index / args.heads, h = index % args.heads, row_stride = args.qkv_stride[1];
+  const int64_t row_stride = args.qkv_stride[1];
   const int64_t width = pad<T>(head_dim), depth = steps<In>(head_dim), key_width = pad<T>(depth);
   const int64_t strip = widest_strip<In>(tokens), padded_tokens = tile_rows<In>(tokens);
-  const S* query = head_of<S>(args, index);
+  const S* query = head_of<S>(args, heads.now);
   const S* key = query + args.qkv_stride[2];
   const S* value = key + args.qkv_stride[2];
-  const O* grad = grad_of<O>(args, index);
+  const O* grad = grad_of<O>(args, heads.now);
   const int64_t grad_stride = args.grad_out_stride[1];
   const int64_t channels = args.heads * head_dim, out_stride = 3 * channels;
-  S* grad_qkv = static_cast<S*>(args.grad_qkv) + b * tokens * out_stride + h * head_dim;
+  S* grad_qkv = grad_qkv_of<S>(args, heads.now);
 
-  Ahead ahead(5 * tokens * tokens * head_dim);
-  for (int64_t i = 0; i < 3; ++i) ahead.add(grad_qkv + i * channels, out_stride, tokens, head_dim);
-  add_head<S, O>(ahead, args, next_index);
+  Ahead ahead;
+  look_ahead<S, O>(ahead, args, heads);
+  ahead.spread_over(5 * tokens * tokens * head_dim);
   memory.rewind();
   In* value_room = memory.take<In>(padded_tokens * key_width);
   In* key_room = memory.take<In>(tile_depth<In>(tokens) * width);
@@ -168,8 +195,12 @@ void backward_head(const AttentionBackward& args, int64_t index, int64_t next_in
   T* query_strip = memory.take<T>(strip * width);
   T* grad_key_room = memory.take<T>(padded_tokens * width);
   T* grad_value_room = memory.take<T>(padded_tokens * width);
-  const Result<S, In> grad_key(grad_qkv + channels, out_stride, head_dim, grad_key_room, tokens, true);
-  const Result<S, In> grad_value(grad_qkv + 2 * channels, out_stride, head_dim, grad_value_room, tokens, true);
+  // Floats take the scale into dS; pairs, which would round it, into dQ and dK.
+  const T grad_scale = pairs ? T(1) : T(args.scale);
+  const Finish<T> rest{nullptr, pairs ? T(args.scale) : T(1)};
+  const int64_t times = strips_of<In>(tokens);
+  const Result<S, In> grad_key(grad_qkv + channels, out_stride, head_dim, grad_key_room, tokens, times, rest);
+  const Result<S, In> grad_value(grad_qkv + 2 * channels, out_stride, head_dim, grad_value_room, tokens, times, {});
   Softened<In> softened = {reinterpret_cast<In*>(scores), reinterpret_cast<In*>(grads), reinterpret_cast<In*>(grads)};
   if (pairs) {
     const int64_t row = tile_depth<In>(strip);
@@ -182,9 +213,6 @@ void backward_head(const AttentionBackward& args, int64_t index, int64_t next_in
   T* lone_grads = memory.take<T>(pad<T>(tokens));
 
   const T scale = T(args.scale * kLog2E), factor = exponent_factor<In>(scale);
-  // Floats take the scale into dS; pairs, which would round it, into dQ and dK.
-  const T grad_scale = pairs ? T(1) : T(args.scale);
-  const auto rest = [&](int64_t) { return pairs ? T(args.scale) : T(1); };
   for_each_strip<In>(tokens, [&](const Strip& its) {
     const int64_t rows = its.rows, stride = its.stride, columns = kScoresInColumn<In> ? stride : its.columns;
     const S* queries = query + its.first * row_stride;
@@ -216,17 +244,18 @@ void backward_head(const AttentionBackward& args, int64_t index, int64_t next_in
     }
     if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), stride);
     const bool later = its.first > 0;
-    const Result<S, In> grad_query(grad_qkv + its.first * out_stride, out_stride, head_dim, query_strip, rows, false);
+    const Result<S, In> grad_query(grad_qkv + its.first * out_stride, out_stride, head_dim, query_strip, rows,
+                                   sections_of<In>(steps<In>(tokens)), rest);
     gemm<In>({rows, width, steps<In>(tokens), softened.grad_down, 1, stride, key_down.rows, key_down.stride,
-              grad_query.rows, grad_query.stride, false, &ahead});
+              grad_query.rows, grad_query.stride, false, &ahead, grad_query.in_product()});
     gemm<In>({tokens, width, steps<In>(rows), softened.weights_rows, a_row, 1, grad_down.rows, grad_down.stride,
-              grad_value.rows, grad_value.stride, later, &ahead});
+              grad_value.rows, grad_value.stride, later, &ahead, grad_value.in_product()});
     gemm<In>({tokens, width, steps<In>(rows), softened.grad_rows, a_row, 1, query_down.rows, query_down.stride,
-              grad_key.rows, grad_key.stride, later, &ahead});
-    grad_query.finish(rows, rest);
+              grad_key.rows, grad_key.stride, later, &ahead, grad_key.in_product()});
+    grad_query.finish(rows);
   });
-  grad_key.finish(tokens, rest);
-  grad_value.finish(tokens, [](int64_t) { return T(1); });
+  grad_key.finish(tokens);
+  grad_value.finish(tokens);
 }
 
 // Heads of short sequences are small: hand out enough of them at a time to be worth a thread.
@@ -236,7 +265,7 @@ int64_t heads_per_task(const Args& args) {
   return work >= 65536 ? 1 : 65536 / (work + 1) + 1;
 }
 
-template <class Args, void (*head)(const Args&, int64_t, int64_t, Workspace&)>
+template <class Args, void (*head)(const Args&, const Turn&, Workspace&)>
 void for_each_head(const Args& args, int64_t parts, ParallelFor parallel_for) {
   Shares heads(args.batch * args.heads * parts, heads_per_task(args));
   heads.among(parallel_for, [&](Shares::Walk walk) {
@@ -244,7 +273,8 @@ void for_each_head(const Args& args, int64_t parts, ParallelFor parallel_for) {
     Workspace memory;
     for (Range mine = walk.take(); !mine.empty(); mine = walk.take()) {
       for (int64_t i = mine.begin; i < mine.end; ++i) {
-        head(args, i, i + 1 < mine.end ? i + 1 : walk.next().begin, memory);
+        const auto upcoming = [&](int64_t n) { return i + n < mine.end ? i + n : walk.upcoming(i + n - mine.end); };
+        head(args, {i, upcoming(1), upcoming(2)}, memory);
       }
     }
   });

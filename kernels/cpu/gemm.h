@@ -5,6 +5,7 @@
 // them: per step of k it loads its vectors of B, broadcasts its rows of A and does rows * vectors multiply-adds.
 #pragma once
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace vitkd::cpu::VITKD_ISA {
@@ -42,42 +43,12 @@ inline void multiply_add(Vec<SumOf<In>>& sum, In a, Vec<SumOf<In>> b) {
   }
 }
 
-// What the next head will read, and what backward writes of this one, asked for while this one computes: rows that lie
-// so far apart that no hardware prefetcher follows them. They are asked for evenly, as the products go on: in a burst,
-// those that a core has no buffers left to wait for would hold up what the products load.
-class Ahead {
- public:
-  // `work` multiply-adds, at least, will be done meanwhile.
-  explicit Ahead(int64_t work) : work_(static_cast<float>(work)) {}
-
-  // Rows of `width` elements, `stride` apart.
-  template <class S>
-  void add(const S* rows, int64_t stride, int64_t count, int64_t width) {
-    constexpr int64_t size = sizeof(S);
-    matrices_[count_++] = {reinterpret_cast<const char*>(rows), stride * size, count, width * size};
-    rows_ += static_cast<float>(count);
-    pace_ = rows_ / work_;
-  }
-
-  // The share of so much work; called once per tile.
-  void some(int64_t work) {
-    for (due_ += pace_ * static_cast<float>(work); due_ >= 1 && next_ < count_; due_ -= 1) {
-      Matrix& m = matrices_[next_];
-      for (int64_t at = 0; at < m.bytes; at += 64) __builtin_prefetch(m.rows + at, 0, 3);
-      m.rows += m.stride;
-      if (--m.count == 0) ++next_;
-    }
-  }
-
- private:
-  struct Matrix {
-    const char* rows;
-    int64_t stride, count, bytes;
-  };
-  static constexpr int kMatrices = 7;  // backward: three gradients; query, key, value and the output's gradient
-  Matrix matrices_[kMatrices];
-  int count_ = 0, next_ = 0;
-  float rows_ = 0, work_, pace_ = 0, due_ = 0;
+// What becomes of a sum of products once it is complete.
+template <class T>
+struct Finish {
+  const T* row_factors = nullptr;
+  T factor = T(1);        // where rows have none of their own
+  bool narrowed = false;  // to bfloat16
 };
 
 template <class In>
@@ -92,13 +63,15 @@ struct Gemm {
   int64_t c_row;
   bool accumulate;
   Ahead* ahead;
-  const T* row_factor = nullptr;  // what each row of the result is multiplied by
+  Finish<T> finish = {};  // narrowed only if the product has one section and does not accumulate
 };
 
 #if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers: 24 accumulators, up to 4 of B, a broadcast
+constexpr bool kManyRegisters = true;
 constexpr int kVectors = 4;
 constexpr int kRows[kVectors + 1] = {0, 12, 12, 8, 6};  // of a tile so many vectors wide
 #else  // 16 registers: 12 accumulators, up to 3 of B, a broadcast
+constexpr bool kManyRegisters = false;
 constexpr int kVectors = 3;
 constexpr int kRows[kVectors + 1] = {0, 12, 6, 4};
 #endif
@@ -110,14 +83,16 @@ void gemm_tile(const Gemm<In>& g, int64_t row, int64_t column) {
   const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row, c_row = g.c_row;  // no store below changes them
   const In* a = g.a + row * a_row;
   const In* b = g.b + column;
-  T* c = g.c + row * c_row + column;
+  T* const c = g.c + row * c_row + column;
+  const int64_t work = R * V * lanes * kSteps<In> * g.depth;
+  if constexpr (!kManyRegisters) g.ahead->some(work);
   Vec<T> sums[R][V];
   VITKD_UNROLL
   for (int r = 0; r < R; ++r) {
     VITKD_UNROLL
     for (int v = 0; v < V; ++v) sums[r][v] = Vec<T>{};
   }
-  for (int64_t k = g.depth; k > 0; --k, a += a_col, b += b_row) {
+  const auto step = [&] {
     Vec<T> bs[V];
     VITKD_UNROLL
     for (int v = 0; v < V; ++v) bs[v] = load(reinterpret_cast<const T*>(b) + v * lanes);
@@ -126,6 +101,21 @@ void gemm_tile(const Gemm<In>& g, int64_t row, int64_t column) {
       VITKD_UNROLL
       for (int v = 0; v < V; ++v) multiply_add<In>(sums[r][v], a[r * a_row], bs[v]);
     }
+    a += a_col;
+    b += b_row;
+  };
+  if constexpr (kManyRegisters) {
+    g.ahead->begin(work);
+    for (int64_t left = g.depth; left > 0;) {
+      Ahead::Lines lines = g.ahead->take(left);
+      left -= lines.steps;
+      for (; lines.steps > 0; --lines.steps, lines.at += lines.stride) {
+        __builtin_prefetch(lines.at, 0, 3);
+        step();
+      }
+    }
+  } else {
+    for (int64_t k = g.depth; k > 0; --k) step();
   }
   if (g.accumulate) {
     VITKD_UNROLL
@@ -134,11 +124,24 @@ void gemm_tile(const Gemm<In>& g, int64_t row, int64_t column) {
       for (int v = 0; v < V; ++v) sums[r][v] += load(c + r * c_row + v * lanes);
     }
   }
-  if (g.row_factor != nullptr) {
+  const Finish<T>& finish = g.finish;
+  if (finish.row_factors != nullptr || finish.factor != T(1)) {
     VITKD_UNROLL
     for (int r = 0; r < R; ++r) {
+      const T factor = finish.row_factors != nullptr ? finish.row_factors[row + r] : finish.factor;
       VITKD_UNROLL
-      for (int v = 0; v < V; ++v) sums[r][v] *= g.row_factor[row + r];
+      for (int v = 0; v < V; ++v) sums[r][v] *= factor;
+    }
+  }
+  if constexpr (std::is_same_v<In, Pair>) {
+    if (finish.narrowed) {
+      bf16* narrow = reinterpret_cast<bf16*>(g.c) + row * c_row + column;
+      VITKD_UNROLL
+      for (int r = 0; r < R; ++r) {
+        VITKD_UNROLL
+        for (int v = 0; v < V; ++v) store_narrow(narrow + r * c_row + v * lanes, sums[r][v]);
+      }
+      return;
     }
   }
   VITKD_UNROLL
@@ -162,26 +165,29 @@ void gemm_panel(const Gemm<In>& g, int64_t column, int vectors) {
     return;
   }
   constexpr int R = kRows[V];
-  const auto ask_ahead = [&](int64_t rows) { g.ahead->some(rows * V * kLanes<SumOf<In>> * g.depth * kSteps<In>); };
   int64_t row = 0;
-  for (; row + R <= g.rows; row += R) {
-    ask_ahead(R);
-    gemm_tile<In, R, V>(g, row, column);
-  }
-  if (row == g.rows) return;
-  ask_ahead(g.rows - row);
-  gemm_rest<In, R - 1, V>(g, row, column);
+  for (; row + R <= g.rows; row += R) gemm_tile<In, R, V>(g, row, column);
+  if (row < g.rows) gemm_rest<In, R - 1, V>(g, row, column);
 }
 
-// In panels of about 64 terms: one running sum over 577 of them has 1.5 times the error of torch's product in float32,
-// panels have 0.9 times. A panel of B takes some 16 KB. As few as will do, for each reads and writes all of C.
+// In sections of about 64 steps: one running sum over 577 terms has 1.5 times the error of torch's product in float32,
+// sections have 0.9 times; a panel of B takes some 16 KB. As few as will do, for each reads and writes all of C. Pairs
+// are rounded more than that: theirs are as long as the first-level cache allows.
+template <class In>
+constexpr int64_t kSection = kSteps<In> == 1 ? 64 : 80;
+
+template <class In>
+int64_t sections_of(int64_t depth) {
+  return depth < kSection<In> ? 1 : (depth + kSection<In> / 2) / kSection<In>;
+}
+
 template <class In>
 void gemm(Gemm<In> g) {
   constexpr int64_t lanes = kLanes<SumOf<In>>;
-  const auto* const row_factor = g.row_factor;
-  for (int64_t left = g.depth, sections = left < 64 ? 1 : (left + 32) / 64; sections > 0; --sections) {
+  const auto finish = g.finish;
+  for (int64_t left = g.depth, sections = sections_of<In>(left); sections > 0; --sections) {
     g.depth = (left + sections - 1) / sections;
-    g.row_factor = sections == 1 ? row_factor : nullptr;
+    g.finish = sections == 1 ? finish : Finish<SumOf<In>>{};
     for (int64_t vectors = g.columns / lanes, column = 0; vectors > 0;) {
       const int64_t panels = (vectors + kVectors - 1) / kVectors, width = (vectors + panels - 1) / panels;
       gemm_panel<In, kVectors>(g, column, static_cast<int>(width));

@@ -6,12 +6,12 @@
 
 namespace vitkd::cpu::VITKD_ISA {
 
-// How many of the last queries they are. A vector of queries takes the work of some four of them.
+// How many of the last queries they are. More than three of them, or than a quarter of a vector, take more than it does.
 template <class In>
 int64_t lone_queries(int64_t tokens) {
   constexpr int64_t lanes = kLanes<SumOf<In>>;
   const int64_t rest = tokens % lanes;
-  return tokens > lanes && 4 * rest <= lanes ? rest : 0;
+  return tokens > lanes && 4 * rest <= lanes && rest <= 3 ? rest : 0;
 }
 
 // On tiles another vector of queries costs a product little: there a lone one's scores are taken from its column.
@@ -29,45 +29,55 @@ inline void multiply_add_lanes(Vec<SumOf<In>>& sum, Vec<SumOf<In>> a, Vec<SumOf<
   }
 }
 
-// A vector of a row, of which only `count` elements may be touched, unless the row was packed, as pairs always are.
+// A vector of a row, of which only `count` elements may be touched.
 template <class In>
-inline Vec<SumOf<In>> load_rest(const In* p, int64_t count) {
-  if constexpr (std::is_same_v<In, Pair>) return load(reinterpret_cast<const float*>(p));
-  else return load_wide(p, count);
+inline Vec<SumOf<In>> load_some(const In* p, int64_t count) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<In, Pair>) return load_pairs(reinterpret_cast<const bf16*>(p), 2 * count);
+  else
+#endif
+    return load_wide(p, count);
 }
 
-// out[n] = row · rows[n], a vector of n at a time; those past the last repeat it.
+// row · rows[i] for `number` rows, a vector of sums each.
+template <int64_t number, class In>
+inline void multiply_rows(const In* row, const In* rows, int64_t stride, int64_t depth, Vec<SumOf<In>>* sums) {
+  using T = SumOf<In>;
+  constexpr int64_t lanes = kLanes<T>;
+  VITKD_UNROLL
+  for (int64_t i = 0; i < number; ++i) sums[i] = Vec<T>{};
+  int64_t d = 0;
+  for (; d + lanes <= depth; d += lanes) {
+    const Vec<T> mine = load(reinterpret_cast<const T*>(row + d));
+    VITKD_UNROLL
+    for (int64_t i = 0; i < number; ++i) {
+      multiply_add_lanes<In>(sums[i], mine, load(reinterpret_cast<const T*>(rows + i * stride + d)));
+    }
+  }
+  if (d == depth) return;
+  const Vec<T> mine = load(reinterpret_cast<const T*>(row + d));
+  for (int64_t i = 0; i < number; ++i) {
+    multiply_add_lanes<In>(sums[i], mine, load_some(rows + i * stride + d, depth - d));
+  }
+}
+
+// out[n] = row · rows[n], a vector of n at a time, and the rest, as many as there are lone queries, one by one. What
+// fills up the last vector repeats one of its own.
 template <class In>
 void dots(const In* row, const Operand<In>& rows, int64_t count, int64_t depth, SumOf<In>* out) {
   using T = SumOf<In>;
   constexpr int64_t lanes = kLanes<T>;
-  for (int64_t n = 0; n < count; n += lanes) {
-    const In* other[lanes];
-    Vec<T> sums[lanes];
-    VITKD_UNROLL
-    for (int64_t i = 0; i < lanes; ++i) {
-      other[i] = rows.rows + (n + i < count ? n + i : count - 1) * rows.stride;
-      sums[i] = Vec<T>{};
-    }
-    int64_t d = 0;
-    for (; d + lanes <= depth; d += lanes) {
-      const Vec<T> mine = load(reinterpret_cast<const T*>(row + d));
-      VITKD_UNROLL
-      for (int64_t i = 0; i < lanes; ++i) {
-        multiply_add_lanes<In>(sums[i], mine, load(reinterpret_cast<const T*>(other[i] + d)));
-      }
-    }
-    if (d < depth) {
-      const Vec<T> mine = load(reinterpret_cast<const T*>(row + d));
-      for (int64_t i = 0; i < lanes; ++i) multiply_add_lanes<In>(sums[i], mine, load_rest(other[i] + d, depth - d));
-    }
-    transpose<T>(sums);
-    VITKD_UNROLL
-    for (int64_t half = lanes / 2; half > 0; half /= 2) {
-      VITKD_UNROLL
-      for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    store(out + n, sums[0]);
+  Vec<T> sums[lanes];
+  int64_t n = 0;
+  for (; n + lanes <= count; n += lanes) {
+    multiply_rows<lanes>(row, rows.rows + n * rows.stride, rows.stride, depth, sums);
+    store(out + n, sums_of<T>(sums));
+  }
+  for (const int64_t first = n; n < count; ++n) {
+    multiply_rows<1>(row, rows.rows + n * rows.stride, rows.stride, depth, sums);
+    const T dot = sum<T>(sums[0]);
+    if (n == first) store(out + n, broadcast(dot));
+    else out[n] = dot;
   }
 }
 

@@ -46,10 +46,13 @@ void clear(In* rows, int64_t first, int64_t last, int64_t width) {
   if (first < last) __builtin_memset(static_cast<void*>(rows + first * width), 0, (last - first) * width * sizeof(In));
 }
 
-// What comes after the first `filled` elements of each row.
+// What comes after the first `filled` elements of each row, both a whole number of vectors of queries.
 template <class In>
 void clear_end(In* matrix, int64_t rows, int64_t filled, int64_t row) {
-  for (int64_t i = 0; i < rows; ++i) clear(matrix + i * row, filled, row, 1);
+  constexpr int64_t unit = kLanes<SumOf<In>> / kSteps<In>;
+  for (int64_t i = 0; i < rows; ++i, matrix += row) {
+    for (int64_t k = filled; k < row; k += unit) __builtin_memset(static_cast<void*>(matrix + k), 0, unit * sizeof(In));
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -160,16 +163,35 @@ void pack_across(const S* in, int64_t stride, int64_t rows, int64_t head_dim, Su
   clear(out, depth, tile_depth<In>(head_dim), columns);
 }
 
+#if defined(__AVX512BF16__)
+// The elements of two rows of 32, as load_pairs has them, with each its neighbour below: those of the first 16 columns,
+// then the others.
+inline void pair_up(Vec<float> above, Vec<float> below, Vec<float> (&pairs)[2]) {
+  constexpr std::integer_sequence<int64_t, 0, 4, 1, 5, 2, 6, 3, 7> spread{};  // unpacking takes half of each 16 bytes
+  const Vec<double> a = shuffle<double>((Vec<double>)above, (Vec<double>)above, spread);
+  const Vec<double> b = shuffle<double>((Vec<double>)below, (Vec<double>)below, spread);
+  pairs[0] = (Vec<float>)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+  pairs[1] = (Vec<float>)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+}
+#endif
+
 // As they are, or two rows to one row of pairs: for sums over tokens.
 template <class S, class In>
 void pack_down(const S* in, int64_t stride, int64_t rows, int64_t head_dim, In* out, int64_t width) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<In, Pair>) {
+    constexpr int64_t lanes = kLanes<float>;
     for (int64_t n = 0; n < rows; n += 2, in += 2 * stride, out += width) {
-      for (int64_t d = 0; d < width; d += kLanes<float>) {
-        const Vec<float> next = n + 1 < rows ? load_wide(in + stride + d, head_dim - d) : Vec<float>{};
-        store_operand(out + d, join(load_wide(in + d, head_dim - d), next));
-      }
+      const auto columns = [&](int64_t d, auto count) {
+        const Vec<float> below = n + 1 < rows ? load_pairs(in + stride + d, count) : Vec<float>{};
+        Vec<float> pairs[2];
+        pair_up(load_pairs(in + d, count), below, pairs);
+        store_operand(out + d, pairs[0]);
+        if (d + lanes < width) store_operand(out + d + lanes, pairs[1]);
+      };
+      int64_t d = 0;
+      for (; d + 2 * lanes <= head_dim; d += 2 * lanes) columns(d, std::integral_constant<int64_t, 2 * lanes>{});
+      if (d < head_dim) columns(d, head_dim - d);
     }
     clear(out, 0, tile_depth<In>(rows) - steps<In>(rows), width);
     return;
@@ -205,6 +227,10 @@ Operand<In> by_elements(const S* in, int64_t stride, int64_t rows, int64_t head_
   if constexpr (std::is_same_v<In, S>) {
     if (stay_near(rows, stride * int64_t{sizeof(S)})) return {in, stride};
   }
+  if constexpr (std::is_same_v<In, Pair> && std::is_same_v<S, bf16> && kTileOf<In> == 1) {  // neighbours are pairs
+    const bool whole = head_dim % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(in) % sizeof(Pair) == 0;
+    if (whole && stay_near(rows, stride * int64_t{sizeof(S)})) return {reinterpret_cast<const Pair*>(in), stride / 2};
+  }
   const int64_t width = pad<SumOf<In>>(steps<In>(head_dim));
   pack_rows(in, stride, rows, head_dim, room, width);
   return {room, width};
@@ -222,31 +248,42 @@ Operand<In> by_vectors(const S* in, int64_t stride, int64_t rows, int64_t head_d
 }
 
 // Rows of a result: a product leaves them where they belong if it can, else in `room`, from where `finish` moves them.
-// A product of pairs cannot: on tiles it writes whole ones, and its results have a factor to come.
+// A product of pairs can if it does so once, for bfloat16 cannot be added to; on tiles, which are stored whole, it cannot.
 template <class S, class In>
 struct Result {
   using T = SumOf<In>;
-  static constexpr bool possible = std::is_same_v<S, In>;
+  static constexpr bool narrowed = std::is_same_v<S, bf16> && std::is_same_v<In, Pair> && kTileOf<In> == 1;
   S* out;
   int64_t out_stride, head_dim;
+  Finish<T> last;
   T* rows;
   int64_t stride;
   bool in_place = false;
 
-  // `count` rows, summed up by strip after strip, or written once.
-  Result(S* out, int64_t out_stride, int64_t head_dim, T* room, int64_t count, bool summed)
-      : out(out), out_stride(out_stride), head_dim(head_dim), rows(room), stride(pad<T>(head_dim)) {
-    if constexpr (possible) {
-      const bool near = !summed || stay_near(count, out_stride * int64_t{sizeof(S)});
-      if (stride == head_dim && near) rows = out, stride = out_stride, in_place = true;
-    }
+  // `count` rows, which products write `times` times, and what is done to them at last.
+  Result(S* out, int64_t out_stride, int64_t head_dim, T* room, int64_t count, int64_t times, Finish<T> last)
+      : out(out), out_stride(out_stride), head_dim(head_dim), last(last), rows(room), stride(pad<T>(head_dim)) {
+    if (stride != head_dim) return;
+    if constexpr (std::is_same_v<S, In>) in_place = times == 1 || stay_near(count, out_stride * int64_t{sizeof(S)});
+    else in_place = narrowed && times == 1;
+    if (in_place) rows = reinterpret_cast<T*>(out), stride = out_stride;
   }
 
-  // Row i times factor(i).
-  template <class Factor>
-  void finish(int64_t count, Factor factor) const {
+  // ... if the product can do it,
+  Finish<T> in_product() const {
+    if (!in_place) return {};
+    Finish<T> finish = last;
+    finish.narrowed = narrowed;
+    return finish;
+  }
+
+  // ... and if it cannot.
+  void finish(int64_t count) const {
     if (in_place) return;
-    for (int64_t i = 0; i < count; ++i) pack(rows + i * stride, head_dim, factor(i), out + i * out_stride);
+    for (int64_t i = 0; i < count; ++i) {
+      const T factor = last.row_factors != nullptr ? last.row_factors[i] : last.factor;
+      pack(rows + i * stride, head_dim, factor, out + i * out_stride);
+    }
   }
 };
 

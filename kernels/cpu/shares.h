@@ -37,6 +37,17 @@ class Shares {
       }
       return forward_ || passed_ < shares_.pieces_ ? shares_.range(at_) : Range{shares_.count_, shares_.count_};
     }
+    // What comes `n` after the end of the piece that was taken last, as far as one can tell; or the end of everything.
+    int64_t upcoming(int64_t n) {
+      Range range = next();
+      for (int64_t piece = at_; n >= range.end - range.begin;) {
+        n -= range.end - range.begin;
+        piece += forward_ ? 1 : -1;
+        if (range.empty() || piece < 0 || piece >= shares_.pieces_ || shares_.taken(piece)) return shares_.count_;
+        range = shares_.range(piece);
+      }
+      return range.begin + n;
+    }
     // Empty when all are taken.
     Range take() {
       for (;;) {

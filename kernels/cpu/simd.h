@@ -86,60 +86,63 @@ inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) 
 #endif
 }
 
-template <class T, int64_t... I>
-inline Vec<T> interleave_low(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) {
-  return shuffle<T>(a, b, std::integer_sequence<int64_t, (I % 2 * kLanes<T> + I / 2)...>{});
-}
-
-template <class T, int64_t... I>
-inline Vec<T> interleave_high(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) {
-  return shuffle<T>(a, b, std::integer_sequence<int64_t, (I % 2 * kLanes<T> + (kLanes<T> + I) / 2)...>{});
-}
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Squares of two, of four, and then the halves of the registers.
-inline void transpose_eight(Vec<float> (&rows)[8]) {
-  __m256 twos[8], fours[8];
-  VITKD_UNROLL
-  for (int i = 0; i < 8; i += 2) {
-    twos[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
-    twos[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
-  }
-  VITKD_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    fours[i] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0x44);
-    fours[i + 1] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0xee);
-    fours[i + 2] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0x44);
-    fours[i + 3] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0xee);
-  }
-  VITKD_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = (Vec<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
-    rows[i + 4] = (Vec<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+// One of the two vectors that exchange parts of a and b: for `width` of less than 16 bytes, runs of so many lanes from
+// the low or high half of each 16 bytes, by turns; from there on, those 16 bytes of a and then of b that are even or odd.
+template <int64_t width, bool high, class T, int64_t... I>
+inline Vec<T> part(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) {
+  constexpr int64_t lanes = kLanes<T>, block = 16 / int64_t{sizeof(T)}, half = lanes / 2;
+  if constexpr (width < block) {
+    constexpr int64_t first = high ? block / 2 : 0;
+    return shuffle<T>(a, b, std::integer_sequence<int64_t, (I / width % 2 * lanes + I / block * block + first +
+                                                            I % block / (2 * width) * width + I % width)...>{});
+  } else {
+    constexpr int64_t first = high ? block : 0;
+    return shuffle<T>(a, b, std::integer_sequence<int64_t, (I / half * lanes + I % half / block * 2 * block + first +
+                                                            I % block)...>{});
   }
 }
-#endif
 
-// A square of lanes in place. Interleaving the first half of the rows with the second turns the bits of (row, column)
-// by one; as many turns as a row number has bits exchange the two.
+template <int64_t width, bool high, class T>
+inline Vec<T> part(Vec<T> a, Vec<T> b) {
+  return part<width, high, T>(a, b, std::make_integer_sequence<int64_t, kLanes<T>>{});
+}
+
+template <class T, int64_t width>
+inline void exchange(Vec<T> (&rows)[kLanes<T>]) {
+  VITKD_UNROLL
+  for (int64_t i = 0; i < kLanes<T>; ++i) {
+    if (i & width) continue;
+    const Vec<T> a = rows[i], b = rows[i + width];
+    rows[i] = part<width, false, T>(a, b);
+    rows[i + width] = part<width, true, T>(a, b);
+  }
+  if constexpr (2 * width < kLanes<T>) exchange<T, 2 * width>(rows);
+}
+
+// A square of lanes in place: first in each 16 bytes of the registers, where shuffles are cheapest.
 template <class T>
 inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)  // where interleaving is two instructions, half as many do
-  if constexpr (sizeof(T) == 4) return transpose_eight(rows);
-#endif
-  constexpr std::make_integer_sequence<int64_t, kLanes<T>> lanes{};
-  constexpr int64_t half = kLanes<T> / 2;
-  VITKD_UNROLL
-  for (int64_t turns = kLanes<T>; turns > 1; turns /= 2) {
-    Vec<T> turned[kLanes<T>];
+  exchange<T, 1>(rows);
+  if constexpr (sizeof(T) == 4) {  // of four rows the second and the third came out the other way round
     VITKD_UNROLL
-    for (int64_t i = 0; i < half; ++i) {
-      turned[2 * i] = interleave_low<T>(rows[i], rows[i + half], lanes);
-      turned[2 * i + 1] = interleave_high<T>(rows[i], rows[i + half], lanes);
+    for (int64_t i = 1; i < kLanes<T>; i += 4) {
+      const Vec<T> second = rows[i + 1];
+      rows[i + 1] = rows[i];
+      rows[i] = second;
     }
-    VITKD_UNROLL
-    for (int64_t i = 0; i < kLanes<T>; ++i) rows[i] = turned[i];
   }
+}
+
+// The sum of each row over its lanes, in the lane of the row's number: the rows are overwritten.
+template <class T, int64_t width = 1>
+inline Vec<T> sums_of(Vec<T> (&rows)[kLanes<T>]) {
+  VITKD_UNROLL
+  for (int64_t i = 0; i < kLanes<T> / (2 * width); ++i) {
+    const Vec<T> a = rows[2 * i], b = rows[2 * i + 1];
+    rows[i] = part<width, false, T>(a, b) + part<width, true, T>(a, b);
+  }
+  if constexpr (2 * width < kLanes<T>) return sums_of<T, 2 * width>(rows);
+  return rows[0];
 }
 
 // Over the lanes, by halves.

@@ -165,8 +165,19 @@ inline __m512i permutexvar_epi16(__m512i order, __m512i v) {
   return as<__m512i>(out);
 }
 
+// From the low or the high half of every 16 bytes, by turns.
+template <int kFirst>
+inline __m512i unpack_epi16(__m512i a, __m512i b) {
+  const auto x = as<ManyHalves>(a), y = as<ManyHalves>(b);
+  ManyHalves out;
+  for (int i = 0; i < 32; ++i) out.at[i] = (i % 2 ? y : x).at[i / 8 * 8 + i % 8 / 2 + kFirst];
+  return as<__m512i>(out);
+}
+
 }  // namespace avx512_emulated
 
+#undef _mm512_unpacklo_epi16
+#undef _mm512_unpackhi_epi16
 #undef _mm512_set1_ps
 #undef _mm512_set1_epi32
 #undef _mm512_max_ps
@@ -191,6 +202,8 @@ inline __m512i permutexvar_epi16(__m512i order, __m512i v) {
 #undef _mm512_permutexvar_epi16
 #undef _mm256_maskz_loadu_epi16
 #undef _mm256_mask_storeu_epi16
+#define _mm512_unpacklo_epi16 avx512_emulated::unpack_epi16<0>
+#define _mm512_unpackhi_epi16 avx512_emulated::unpack_epi16<4>
 #define _mm512_set1_ps avx512_emulated::set1_ps
 #define _mm512_set1_epi32 avx512_emulated::set1_epi32
 #define _mm512_max_ps avx512_emulated::max_ps
