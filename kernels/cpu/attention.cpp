@@ -148,7 +148,7 @@ void forward_head(const Attention& args, const Turn& tasks, Workspace& memory) {
     }
     for (int64_t n = its.columns; n < its.rows; ++n) {
       lone.meet(queries + n * row_stride, scale, key_rows, scores + n, its.stride, lone_scores);
-      inverse[n] = T(1) / exponentials_of_row<kCoarse<In>>(lone_scores, tokens, factor);
+      inverse[n] = T(1) / exponentials_of_row<In>(lone_scores, tokens, factor);
       row_to_column(operand_row<In>(lone_scores, tokens), steps<In>(tokens), weights + n, its.stride);
     }
     clear(weights, steps<In>(tokens), tile_depth<In>(tokens), its.stride);
@@ -239,7 +239,7 @@ void backward_head(const AttentionBackward& args, const Turn& heads, Workspace& 
     for (int64_t n = its.columns; n < rows; ++n) {
       lone.meet(queries + n * row_stride, scale, key_rows, scores + n, stride, lone_scores);
       lone.meet(grads_out + n * grad_stride, T(1), value_rows, grads + n, stride, lone_grads);
-      softmax_backward_of_row<kCoarse<In>>(lone_scores, lone_grads, tokens, factor, grad_scale);
+      softmax_backward_of_row<In>(lone_scores, lone_grads, tokens, factor, grad_scale);
       to_columns(lone_scores, lone_grads, tokens, n, stride, softened);
     }
     if (pairs) clear(softened.grad_down, steps<In>(tokens), tile_depth<In>(tokens), stride);

@@ -129,13 +129,23 @@ T row_max(const T* scores, int64_t tokens) {
   return max<T>(most);
 }
 
+// Weights that are rounded to bfloat16 need no better exponential.
+template <class In>
+inline Vec<SumOf<In>> exponential(Vec<SumOf<In>> x) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<In, Pair>) return exp2_coarse(x);
+  else
+#endif
+    return exp2(x);
+}
+
 // The scores of a row become exp2(factor * (score - max)), and 0 past the last. Returns their sum.
-template <bool coarse, class T>
+template <class In, class T>
 T exponentials_of_row(T* scores, int64_t tokens, T factor) {
   const T peak = row_max(scores, tokens) * factor;
   Vec<T> total{};
   for (int64_t n = 0; n < tokens; n += kLanes<T>) {
-    const Vec<T> e = first_lanes<T>(exp2<coarse>(load(scores + n) * factor - peak), tokens - n, T(0));
+    const Vec<T> e = first_lanes<T>(exponential<In>(load(scores + n) * factor - peak), tokens - n, T(0));
     store(scores + n, e);
     total += e;
   }
@@ -143,9 +153,9 @@ T exponentials_of_row(T* scores, int64_t tokens, T factor) {
 }
 
 // The scores and dP of a row become P and scale * dS, which is 0 past the last.
-template <bool coarse, class T>
+template <class In, class T>
 void softmax_backward_of_row(T* scores, T* grads, int64_t tokens, T factor, T scale) {
-  const T inverse = T(1) / exponentials_of_row<coarse>(scores, tokens, factor);
+  const T inverse = T(1) / exponentials_of_row<In>(scores, tokens, factor);
   Vec<T> total{};
   for (int64_t n = 0; n < tokens; n += kLanes<T>) {
     total += first_lanes<T>(load(scores + n) * load(grads + n), tokens - n, T(0));

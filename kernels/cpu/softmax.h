@@ -6,10 +6,6 @@
 
 namespace vitkd::cpu::VITKD_ISA {
 
-// Weights that are rounded to bfloat16 need no better exponential.
-template <class In>
-constexpr bool kCoarse = std::is_same_v<In, Pair>;
-
 // body(row, constant) for all rows, as many at a time as the constant says: four independent sums hide the latency of
 // one, and lose less to rounding.
 template <class Body>
@@ -51,7 +47,7 @@ Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* we
     Vec<T> e[rows];
     VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
-      e[i] = exp2<kCoarse<In>>(load(scores + (n + i) * columns) * factor - peak);
+      e[i] = exponential<In>(load(scores + (n + i) * columns) * factor - peak);
       sums[i] += e[i];
     }
     if constexpr (kSteps<In> == 1) {
@@ -88,7 +84,7 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
     VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
       T* score = scores + (n + i) * columns;
-      const Vec<T> e = exp2<kCoarse<In>>(load(score) * factor - peak);
+      const Vec<T> e = exponential<In>(load(score) * factor - peak);
       store(score, e);
       sums[i] += e;
       dots[i] += e * load(grads + (n + i) * columns);

@@ -76,6 +76,14 @@ inline __m512 roundscale_ps(__m512 v, int) {  // to the nearest whole number, th
   const auto x = as<Floats>(v);
   return each([&](int i) { return std::nearbyint(x.at[i]); });
 }
+inline __m512 reduce_ps(__m512 v, int) {  // what is left above the floor, which alone is asked for; 0 of infinities
+  const auto x = as<Floats>(v);
+  return each([&](int i) { return std::isinf(x.at[i]) ? 0.0f : x.at[i] - std::floor(x.at[i]); });
+}
+inline __m512 scalef_ps(__m512 v, __m512 power) {
+  const auto x = as<Floats>(v), n = as<Floats>(power);
+  return each([&](int i) { return x.at[i] * std::exp2(std::floor(n.at[i])); });
+}
 inline __m512 maskz_scalef_ps(__mmask16 lanes, __m512 v, __m512 power) {
   const auto x = as<Floats>(v), n = as<Floats>(power);
   return each([&](int i) { return lanes >> i & 1 ? x.at[i] * std::exp2(std::floor(n.at[i])) : 0.0f; });
@@ -184,6 +192,8 @@ inline __m512i unpack_epi16(__m512i a, __m512i b) {
 #undef _mm512_reduce_add_ps
 #undef _mm512_reduce_max_ps
 #undef _mm512_roundscale_ps
+#undef _mm512_reduce_ps
+#undef _mm512_scalef_ps
 #undef _mm512_maskz_scalef_ps
 #undef _mm512_cmp_ps_mask
 #undef _mm512_add_epi32
@@ -210,6 +220,8 @@ inline __m512i unpack_epi16(__m512i a, __m512i b) {
 #define _mm512_reduce_add_ps avx512_emulated::reduce_add_ps
 #define _mm512_reduce_max_ps avx512_emulated::reduce_max_ps
 #define _mm512_roundscale_ps avx512_emulated::roundscale_ps
+#define _mm512_reduce_ps avx512_emulated::reduce_ps
+#define _mm512_scalef_ps avx512_emulated::scalef_ps
 #define _mm512_maskz_scalef_ps avx512_emulated::maskz_scalef_ps
 #define _mm512_cmp_ps_mask avx512_emulated::cmp_ps_mask
 #define _mm512_add_epi32 avx512_emulated::add_epi32
