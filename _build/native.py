@@ -30,6 +30,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     BFLOAT16 |= {"avx512_bf16": avx512_bf16, "amx": f"{avx512_bf16} -mamx-tile -mamx-bf16"}
     EMULATED |= {"avx512": ("avx512",), "avx512_bf16": ("avx512", "bf16"), "amx": ("avx512", "bf16", "amx")}
 ONCE = ("dispatch.cpp", "isa.cpp")
+FOR_BFLOAT16 = ("attention.cpp", "gelu.cpp")
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
@@ -125,7 +126,7 @@ def cpu_kernels(root: Path, emulated: bool = False) -> list[tuple[Path, str]]:
             found.append((path, f"{known} -DVITKD_EMULATED" if emulated else known))
             continue
         for name, flags in sets.items():
-            if name in INSTRUCTION_SETS or path.name == "attention.cpp":
+            if name in INSTRUCTION_SETS or path.name in FOR_BFLOAT16:
                 found.append((path, f"-DVITKD_ISA={name} {flags}"))
     return found
 

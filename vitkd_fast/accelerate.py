@@ -1,5 +1,5 @@
-"""Run the attention of a model of timm or of transformers on `vitkd_fast.ops.attention`, and its GELUs on
-`vitkd_fast.ops.gelu`, in place."""
+"""Run the attention of a model of timm or of transformers on `vitkd_fast.ops.attention`, its GELUs on
+`vitkd_fast.ops.gelu` and, where that gains anything, its linear layers on `vitkd_fast.ops.linear`, in place."""
 
 import inspect
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitkd_fast import ops
 from vitkd_fast.ops.attention import MAX_HEAD_DIM
+from vitkd_fast.ops.linear import faster_by_convolution
 from vitkd_fast.transformers_attention import has_position_bias, is_of_transformers, switch, switch_back
 
 # timm's attention of ViT and DeiT: its home today, and before timm 1.0.20. Matched by name, so that neither
@@ -31,12 +32,14 @@ class AccelerateReport:
         kept: module name -> why that attention block still runs its own code.
         eval_only: names of switched blocks with attention dropout, which run their own code while training.
         activations: number of GELUs that now run on `vitkd_fast.ops.gelu`.
+        linears: number of linear layers that now run on `vitkd_fast.ops.linear`: 0 but on AMD's CPUs.
     """
 
     switched: int
     kept: dict[str, str]
     eval_only: tuple[str, ...] = ()
     activations: int = 0
+    linears: int = 0
 
     def __str__(self) -> str:
         total = self.switched + len(self.kept)
@@ -46,8 +49,8 @@ class AccelerateReport:
             lines = [f"{self.switched} of {total} attention blocks switched"]
         if self.eval_only:
             lines[0] += f" ({len(self.eval_only)} in eval mode only: attention dropout)"
-        if self.activations:
-            lines[0] += f", and {self.activations} GELUs"
+        others = [(self.activations, "GELUs"), (self.linears, "linear layers")]
+        lines[0] += "".join(f", and {count} {name}" for count, name in others if count)
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             by_reason.setdefault(reason, []).append(name or "the model itself")
@@ -57,8 +60,8 @@ class AccelerateReport:
 
 def accelerate(model: nn.Module) -> AccelerateReport:
     """Switch every timm ViT/DeiT attention block in `model` to `vitkd_fast.ops.attention`, in place; models of
-    transformers that run on torch's attention (`attn_implementation="sdpa"`, their default); and the GELUs of all to
-    `vitkd_fast.ops.gelu`.
+    transformers that run on torch's attention (`attn_implementation="sdpa"`, their default); the GELUs of all to
+    `vitkd_fast.ops.gelu`; and on AMD's CPUs their linear layers to `vitkd_fast.ops.linear`.
 
     Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx stay as they were,
     torch.onnx.export and torch.jit.script do not (`decelerate` first); calling it again changes nothing. A block that
@@ -85,7 +88,7 @@ def accelerate(model: nn.Module) -> AccelerateReport:
         switched.append(name)
         if _dropout(module) > 0:
             eval_only.append(name)
-    return AccelerateReport(len(switched), kept, tuple(eval_only), _switch_activations(model))
+    return AccelerateReport(len(switched), kept, tuple(eval_only), _switch_activations(model), _switch_linears(model))
 
 
 def decelerate(model: nn.Module) -> None:
@@ -97,6 +100,8 @@ def decelerate(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
         elif isinstance(module, _FastGELU):
             module.__class__ = nn.GELU  # type: ignore[assignment]
+        elif isinstance(module, _FastLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
         elif is_of_transformers(module) and getattr(module, "act", None) is ops.gelu:
             module.act = F.gelu
     switch_back(model)
@@ -148,6 +153,21 @@ class _FusedAttention(nn.Module):
 class _FastGELU(nn.GELU):
     def forward(self, input: Tensor) -> Tensor:
         return ops.gelu(input)
+
+
+class _FastLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
+def _switch_linears(model: nn.Module) -> int:
+    """Let torch's linear layers run on ours where this machine gains by it; how many do."""
+    count = 0
+    for module in model.modules():
+        if faster_by_convolution() and type(module) is nn.Linear and "forward" not in vars(module):
+            module.__class__ = _FastLinear
+        count += isinstance(module, _FastLinear)
+    return count
 
 
 def _switch_activations(model: nn.Module) -> int:

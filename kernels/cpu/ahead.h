@@ -24,7 +24,7 @@ class Ahead {
   // So much work begins: its share of the lines is due.
   void begin(int64_t work) { due_ += pace_ * static_cast<float>(work); }
 
-  // Lines `stride` bytes apart, to be asked for one in a step of the work; or steps in which one that is there already is.
+  // Lines `stride` bytes apart, to be asked for one in a step of the work; or one that is there already, ever again.
   struct Lines {
     const char* at;
     int64_t stride, steps;

@@ -74,12 +74,12 @@ S* grad_qkv_of(const AttentionBackward& args, int64_t index) {
   return static_cast<S*>(args.grad_qkv) + b * args.tokens * 3 * channels + h * args.head_dim;
 }
 
-// What a thread computes now, next and after that, as far as it can tell; where there is nothing, the number of them all.
+// What a thread computes now, next and after that, as far as it can tell; the number of them all stands for nothing.
 struct Turn {
   int64_t now, next, after;
 };
 
-// What the head after the next reads and then, of backward, what the next writes: by the time that one small head takes,
+// What the head after the next reads and then, of backward, what the next writes: in the time that one small head takes
 // memory has not answered.
 template <class S, class O, class Args>
 void look_ahead(Ahead& ahead, const Args& args, const Turn& heads) {

@@ -18,7 +18,7 @@ VITKD_DECLARE(portable)
 #if defined(__x86_64__)
 VITKD_DECLARE(avx2)
 VITKD_DECLARE(avx512)
-VITKD_DECLARE(avx512_bf16)  // these two: attention in bfloat16 alone
+VITKD_DECLARE(avx512_bf16)  // these two: attention and GELU in bfloat16 alone
 VITKD_DECLARE(amx)
 #endif
 
@@ -28,12 +28,13 @@ struct Kernels {
   decltype(&portable::attention) attention, attention_bf16;
   decltype(&portable::attention_backward) attention_backward, attention_backward_bf16;
   decltype(&portable::kd_loss) kd_loss;
-  decltype(&portable::gelu) gelu;
+  decltype(&portable::gelu) gelu, gelu_bf16;
 };
 
-#define VITKD_KERNELS(isa, bf16) \
-  Kernels {                                                                                               \
-    isa::attention, bf16::attention, isa::attention_backward, bf16::attention_backward, isa::kd_loss, isa::gelu \
+#define VITKD_KERNELS(isa, bf16)                                                                            \
+  Kernels {                                                                                                 \
+    isa::attention, bf16::attention, isa::attention_backward, bf16::attention_backward, isa::kd_loss, isa::gelu, \
+        bf16::gelu                                                                                          \
   }
 
 Kernels choose() {
@@ -67,6 +68,8 @@ void attention_backward(const AttentionBackward& args, ParallelFor parallel_for)
   (bf16 ? kernels().attention_backward_bf16 : kernels().attention_backward)(args, parallel_for);
 }
 void kd_loss(const KDLoss& args, ParallelFor parallel_for) { kernels().kd_loss(args, parallel_for); }
-void gelu(const Gelu& args, ParallelFor parallel_for) { kernels().gelu(args, parallel_for); }
+void gelu(const Gelu& args, ParallelFor parallel_for) {
+  (args.dtype == DType::bfloat16 ? kernels().gelu_bf16 : kernels().gelu)(args, parallel_for);
+}
 
 }  // namespace vitkd::cpu

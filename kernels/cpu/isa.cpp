@@ -48,6 +48,15 @@ CpuFacts detect_cpu() {
 #endif
 }
 
+bool made_by_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 const char* chosen_isa() {
   const CpuFacts cpu = detect_cpu();
   const struct {

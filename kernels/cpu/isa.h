@@ -9,6 +9,8 @@ struct CpuFacts {
 
 CpuFacts detect_cpu();
 
+bool made_by_amd();
+
 // "amx", "avx512_bf16", "avx512", "avx2" or "portable": the best that this CPU has, or what VITKD_CPU_ISA asks for.
 // A wish that cannot be met (not on this CPU) is answered with the best below it, an unknown one with the best.
 const char* chosen_isa();

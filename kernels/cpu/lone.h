@@ -6,7 +6,7 @@
 
 namespace vitkd::cpu::VITKD_ISA {
 
-// How many of the last queries they are. More than three of them, or than a quarter of a vector, take more than it does.
+// How many of the last queries they are. More than three, or than a quarter of a vector, take longer than the vector.
 template <class In>
 int64_t lone_queries(int64_t tokens) {
   constexpr int64_t lanes = kLanes<SumOf<In>>;
@@ -132,11 +132,8 @@ T row_max(const T* scores, int64_t tokens) {
 // Weights that are rounded to bfloat16 need no better exponential.
 template <class In>
 inline Vec<SumOf<In>> exponential(Vec<SumOf<In>> x) {
-#if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<In, Pair>) return exp2_coarse(x);
-  else
-#endif
-    return exp2(x);
+  else return exp2(x);
 }
 
 // The scores of a row become exp2(factor * (score - max)), and 0 past the last. Returns their sum.

@@ -248,7 +248,7 @@ Operand<In> by_vectors(const S* in, int64_t stride, int64_t rows, int64_t head_d
 }
 
 // Rows of a result: a product leaves them where they belong if it can, else in `room`, from where `finish` moves them.
-// A product of pairs can if it does so once, for bfloat16 cannot be added to; on tiles, which are stored whole, it cannot.
+// A product of pairs can if it does so once, for bfloat16 is not added to; on tiles, which are stored whole, it cannot.
 template <class S, class In>
 struct Result {
   using T = SumOf<In>;

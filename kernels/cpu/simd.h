@@ -86,8 +86,8 @@ inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) 
 #endif
 }
 
-// One of the two vectors that exchange parts of a and b: for `width` of less than 16 bytes, runs of so many lanes from
-// the low or high half of each 16 bytes, by turns; from there on, those 16 bytes of a and then of b that are even or odd.
+// One of the two vectors that exchange parts of a and b: for a `width` below 16 bytes, runs of so many lanes from
+// the low or high half of each 16 bytes, by turns; else those 16 bytes of a, and then of b, that are even or odd.
 template <int64_t width, bool high, class T, int64_t... I>
 inline Vec<T> part(Vec<T> a, Vec<T> b, std::integer_sequence<int64_t, I...>) {
   constexpr int64_t lanes = kLanes<T>, block = 16 / int64_t{sizeof(T)}, half = lanes / 2;
@@ -203,7 +203,7 @@ inline Vec<float> exp2(Vec<float> x) {
 #endif
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 // The same where it is rounded to bfloat16 anyway: relative error 9e-5. What is left of x above its floor is 0 for
 // -infinity, too.
 inline Vec<float> exp2_coarse(Vec<float> x) {
@@ -213,6 +213,8 @@ inline Vec<float> exp2_coarse(Vec<float> x) {
   p = p * f + 6.95116790e-1f;
   return (Vec<float>)_mm512_scalef_ps((__m512)(p * f + 1.0f), (__m512)x);
 }
+#else
+inline Vec<float> exp2_coarse(Vec<float> x) { return exp2(x); }
 #endif
 
 inline Vec<double> exp2(Vec<double> x) {
