@@ -68,7 +68,7 @@ def test_yolos_answers_and_learns_as_before(shapes, training):
     assert shapes == []
     report = accelerate(model)
     assert (report.switched, report.kept) == (2, {})
-    assert str(report) == "2 of 2 attention blocks switched, and 2 GELUs"
+    assert str(report).startswith("2 of 2 attention blocks switched, and 2 GELUs")
     assert_close(answers(model, images()), before)
     assert shapes == [(3, 1 + 16 + 5, 3, 2, 8)] * 2
 

@@ -1,0 +1,137 @@
+"""Linear layers by convolution: torch's results within rounding, and torch itself wherever they are not for us."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitkd_fast.ops import linear
+
+module = importlib.import_module("vitkd_fast.ops.linear")  # as an attribute it is the function
+
+SHAPES = [((2, 65, 192), 768), ((1, 197, 768), 192), ((7, 33), 5), ((3, 2, 5, 17), 31), ((1, 1), 1), ((64, 192), 10)]
+
+
+@pytest.fixture(autouse=True, params=["with AVX-512", "with AVX2"])
+def this_cpu_gains(request, monkeypatch):
+    products = {"output", "input", "weight"} if request.param == "with AVX-512" else {"output", "input"}
+    monkeypatch.setattr(module, "faster_by_convolution", lambda: frozenset(products))
+    monkeypatch.setattr(module, "LEAST_WORK", 1)
+    monkeypatch.setattr(module, "LEAST_WORK_OF_WEIGHT", 0)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """One entry for each call that was ours."""
+    calls = []
+    apply = module._Linear.apply
+    monkeypatch.setattr(module._Linear, "apply", lambda *inputs: calls.append(inputs) or apply(*inputs))
+    return calls
+
+
+def draw(*shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def both(function, inputs, grad):
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, [each for each in inputs if each.requires_grad], grad)
+
+
+def error(result, exact):
+    return ((result.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape, width", SHAPES, ids=str)
+def test_is_torchs_within_rounding(shape, width, biased, taken):
+    inputs = draw(shape, (width, shape[-1]), (width,))[: 3 if biased else 2]
+    (grad,) = draw((*shape[:-1], width))
+    ours, torchs = both(linear, inputs, grad.detach()), both(F.linear, inputs, grad.detach())
+    exact = both(F.linear, [each.detach().double().requires_grad_() for each in inputs], grad.detach().double())
+    assert len(taken) == 1
+    for result, other, true in zip(ours, torchs, exact, strict=True):
+        assert result.shape == other.shape and result.is_contiguous()
+        assert error(result, true) <= max(2 * error(other, true), 1e-6)
+
+
+def test_is_the_same_every_time():
+    inputs = draw((4, 197, 192), (192, 192), (192,))
+    (grad,) = draw((4, 197, 192))
+    first = both(linear, inputs, grad.detach())
+    for _ in range(3):
+        for one, other in zip(first, both(linear, inputs, grad.detach()), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_is_asked_for(wanted, taken):
+    inputs = [each.detach().requires_grad_(want) for each, want in zip(draw((9, 8), (6, 8), (6,)), wanted, strict=True)]
+    grad = torch.ones(9, 6)
+    for ours, torchs in zip(both(linear, inputs, grad), both(F.linear, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, torchs)
+    assert len(taken) == 1
+
+
+def test_a_gradient_with_strides():
+    inputs = draw((9, 8), (6, 8), (6,))
+    grad = torch.randn(6, 9).t()
+    for ours, torchs in zip(both(linear, inputs, grad), both(F.linear, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_second_derivatives():
+    def penalty(function):
+        x, weight, bias = draw((5, 8), (6, 8), (6,))
+        (slope,) = torch.autograd.grad(function(x, weight, bias).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), (x, weight, bias))
+
+    for ours, torchs in zip(penalty(linear), penalty(F.linear), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_where_it_is_not_for_us(taken, monkeypatch):
+    x, weight, bias = (each.detach() for each in draw((4, 8), (6, 8), (6,)))
+    assert linear(x.double(), weight.double(), bias.double()).dtype is torch.float64
+    torch.testing.assert_close(linear(x.t().contiguous().t(), weight, bias), F.linear(x, weight, bias))
+    assert linear(x.to_sparse(), weight).shape == (4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype is torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(x, weight, bias)
+    assert linear(torch.zeros(0, 8), weight, bias).shape == (0, 6)
+    torch.testing.assert_close(torch.func.vmap(lambda row: linear(row, weight, bias))(x), F.linear(x, weight, bias))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x[:, :7].contiguous(), weight, bias)
+    monkeypatch.setattr(module, "LEAST_WORK", 4 * 8 * 6 + 1)
+    linear(x, weight, bias)
+    assert taken == []
+    monkeypatch.setattr(module, "LEAST_WORK", 4 * 8 * 6)
+    linear(x, weight, bias)
+    assert len(taken) == 1
+
+
+def test_compiled_it_is_torchs(taken):
+    x, weight, bias = (each.detach() for each in draw((4, 8), (6, 8), (6,)))
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias), F.linear(x, weight, bias))
+    assert taken == []
+
+
+def test_traced_by_fx():
+    layer = nn.Linear(8, 6)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return linear(x, self.layer.weight, self.layer.bias)
+
+    graph = torch.fx.symbolic_trace(Model())
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(graph(x), layer(x))

@@ -1,0 +1,74 @@
+"""accelerate on a CPU whose linear layers gain by `vitkd_fast.ops.linear`, and on one where they do not."""
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from vitkd_fast.accelerate import AccelerateReport, accelerate, decelerate
+
+accelerating = importlib.import_module("vitkd_fast.accelerate")  # as attributes these are functions
+ops_linear = importlib.import_module("vitkd_fast.ops.linear")
+
+
+@pytest.fixture
+def gains(monkeypatch):
+    for module in (accelerating, ops_linear):
+        monkeypatch.setattr(module, "faster_by_convolution", lambda: frozenset({"output", "input", "weight"}))
+    monkeypatch.setattr(ops_linear, "LEAST_WORK", 0)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    calls = []
+    apply = ops_linear._Linear.apply
+    monkeypatch.setattr(ops_linear._Linear, "apply", lambda *inputs: calls.append(inputs) or apply(*inputs))
+    return calls
+
+
+class Own(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4, bias=False), Own(4, 4))
+
+
+def test_switches_torchs_layers_alone(gains, taken):
+    net = model()
+    x = torch.randn(5, 8)
+    before, names = net(x), list(net.state_dict())
+    report = accelerate(net)
+    assert report == AccelerateReport(0, {}, activations=1, linears=2)
+    assert str(report).endswith(", and 1 GELUs, and 2 linear layers")
+    assert accelerate(net) == report
+    assert [isinstance(each, nn.Linear) for each in net] == [True, False, True, True]
+    assert list(net.state_dict()) == names
+    torch.testing.assert_close(net(x), before)
+    assert len(taken) == 2
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(other(x), before)
+    assert len(taken) == 6
+    decelerate(net)
+    assert [type(each) for each in net] == [nn.Linear, nn.GELU, nn.Linear, Own]
+    torch.testing.assert_close(net(x), before)
+    assert len(taken) == 6
+
+
+def test_a_replaced_forward_is_kept(gains):
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda x: x
+    assert accelerate(layer).linears == 0
+    assert layer(1) == 1
+
+
+def test_elsewhere_nothing_is_switched(monkeypatch):
+    monkeypatch.setattr(accelerating, "faster_by_convolution", frozenset)
+    net = model()
+    assert accelerate(net).linears == 0
+    assert type(net[0]) is nn.Linear
