@@ -45,7 +45,7 @@ def test_switches_torchs_layers_alone(gains, taken):
     before, names = net(x), list(net.state_dict())
     report = accelerate(net)
     assert report == AccelerateReport(0, {}, activations=1, linears=2)
-    assert str(report).endswith(", and 1 GELUs, and 2 linear layers")
+    assert str(report).endswith(", and 1 GELUs and 2 linear layers")
     assert accelerate(net) == report
     assert [isinstance(each, nn.Linear) for each in net] == [True, False, True, True]
     assert list(net.state_dict()) == names

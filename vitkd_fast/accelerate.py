@@ -49,8 +49,9 @@ class AccelerateReport:
             lines = [f"{self.switched} of {total} attention blocks switched"]
         if self.eval_only:
             lines[0] += f" ({len(self.eval_only)} in eval mode only: attention dropout)"
-        others = [(self.activations, "GELUs"), (self.linears, "linear layers")]
-        lines[0] += "".join(f", and {count} {name}" for count, name in others if count)
+        counts = [(self.activations, "GELUs"), (self.linears, "linear layers")]
+        if others := [f"{count} {name}" for count, name in counts if count]:
+            lines[0] += f", and {' and '.join(others)}"
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             by_reason.setdefault(reason, []).append(name or "the model itself")
@@ -64,10 +65,10 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     `vitkd_fast.ops.gelu`; and on AMD's CPUs their linear layers to `vitkd_fast.ops.linear`.
 
     Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx stay as they were,
-    torch.onnx.export and torch.jit.script do not (`decelerate` first); calling it again changes nothing. A block that
-    needs what the op lacks keeps its own code, and so does a single call that does: an attention mask, or attention
-    dropout in training mode. Setting a block's `fused_attn` to False, timm's way to have the attention weights in
-    memory, turns the op off there.
+    torch.onnx.export, torch.jit.script and quantization do not (`decelerate` first); calling it again changes nothing.
+    A block that needs what the op lacks keeps its own code, and so does a single call that does: an attention mask, or
+    attention dropout in training mode. Setting a block's `fused_attn` to False, timm's way to have the attention
+    weights in memory, turns the op off there.
 
     Args:
         model: any module tree; blocks are found wherever they are in it.
@@ -93,7 +94,7 @@ def accelerate(model: nn.Module) -> AccelerateReport:
 
 def decelerate(model: nn.Module) -> None:
     """Take back what `accelerate` did to `model`, in place: torch.onnx.export and torch.jit.script do not know our
-    ops."""
+    ops, nor torch's quantization our linear layers."""
     module: Any
     for module in model.modules():
         if isinstance(module, _FusedAttention):

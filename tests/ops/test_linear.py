@@ -135,3 +135,9 @@ def test_traced_by_fx():
     graph = torch.fx.symbolic_trace(Model())
     x = torch.randn(4, 8)
     torch.testing.assert_close(graph(x), layer(x))
+
+
+def test_any_bias_that_torch_takes(taken):
+    x, weight, bias = (each.detach() for each in draw((4, 8), (6, 8), (1,)))
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert taken == []

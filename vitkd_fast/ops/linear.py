@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from vitkd_fast.ops._library import is_plain, transformed
 
-# Multiply-adds of which a convolution's preparations are too large a part.
+# Multiply-adds; of fewer, a convolution's preparations are too large a part.
 LEAST_WORK = 1 << 24
 LEAST_WORK_OF_WEIGHT = 1 << 25
 
@@ -60,8 +60,8 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if any(tensor.dtype is not torch.float32 or not _is_plainly_stored(tensor) for tensor in tensors):
         return False
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        return False  # torch says what is wrong
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        return False  # for torch to make something of, or to say what is wrong
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
         return False
     return torch._C._get_mkldnn_enabled() and bool(faster_by_convolution())
