@@ -72,3 +72,14 @@ def test_elsewhere_nothing_is_switched(monkeypatch):
     net = model()
     assert accelerate(net).linears == 0
     assert type(net[0]) is nn.Linear
+
+
+def test_a_layer_parametrized_since_is_left_alone(gains):
+    net = model()
+    accelerate(net)
+    nn.utils.parametrizations.weight_norm(net[0])
+    x = torch.randn(5, 8)
+    before = net(x)
+    decelerate(net)
+    torch.testing.assert_close(net(x), before)
+    assert type(net[2]) is nn.Linear

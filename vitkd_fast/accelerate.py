@@ -32,7 +32,7 @@ class AccelerateReport:
         kept: module name -> why that attention block still runs its own code.
         eval_only: names of switched blocks with attention dropout, which run their own code while training.
         activations: number of GELUs that now run on `vitkd_fast.ops.gelu`.
-        linears: number of linear layers that now run on `vitkd_fast.ops.linear`: 0 but on AMD's CPUs.
+        linears: number of linear layers that now run on `vitkd_fast.ops.linear`, which AMD's CPUs alone gain by.
     """
 
     switched: int
@@ -64,8 +64,9 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     transformers that run on torch's attention (`attn_implementation="sdpa"`, their default); the GELUs of all to
     `vitkd_fast.ops.gelu`; and on AMD's CPUs their linear layers to `vitkd_fast.ops.linear`.
 
-    Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx stay as they were,
-    torch.onnx.export, torch.jit.script and quantization do not (`decelerate` first); calling it again changes nothing.
+    Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx (which sees linear
+    layers as functions) stay as they were, torch.onnx.export, torch.jit.script and quantization do not (`decelerate`
+    first); calling it again changes nothing.
     A block that needs what the op lacks keeps its own code, and so does a single call that does: an attention mask, or
     attention dropout in training mode. Setting a block's `fused_attn` to False, timm's way to have the attention
     weights in memory, turns the op off there.
@@ -101,7 +102,7 @@ def decelerate(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
         elif isinstance(module, _FastGELU):
             module.__class__ = nn.GELU  # type: ignore[assignment]
-        elif isinstance(module, _FastLinear):
+        elif type(module) is _FastLinear:  # not one that was parametrized since
             module.__class__ = nn.Linear  # type: ignore[assignment]
         elif is_of_transformers(module) and getattr(module, "act", None) is ops.gelu:
             module.act = F.gelu
@@ -163,9 +164,9 @@ class _FastLinear(nn.Linear):
 
 def _switch_linears(model: nn.Module) -> int:
     """Let torch's linear layers run on ours where this machine gains by it; how many do."""
-    count = 0
+    count, gains = 0, bool(faster_by_convolution())
     for module in model.modules():
-        if faster_by_convolution() and type(module) is nn.Linear and "forward" not in vars(module):
+        if gains and type(module) is nn.Linear and "forward" not in vars(module):
             module.__class__ = _FastLinear
         count += isinstance(module, _FastLinear)
     return count

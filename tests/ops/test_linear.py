@@ -141,3 +141,43 @@ def test_any_bias_that_torch_takes(taken):
     x, weight, bias = (each.detach() for each in draw((4, 8), (6, 8), (1,)))
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
     assert taken == []
+
+
+def test_may_be_changed_in_place(taken):
+    for change in (torch.relu_, lambda y: y.add_(1), lambda y: y[:, :2].zero_(), lambda y: y.view(2, -1).mul_(2)):
+        slopes = []
+        for function in (linear, F.linear):
+            inputs = draw((4, 8), (6, 8), (6,))
+            y = function(*inputs)
+            change(y)
+            slopes.append(torch.autograd.grad(y.square().sum(), inputs))
+        torch.testing.assert_close(*slopes)
+    assert len(taken) == 4
+
+
+def test_saves_what_the_gradients_need():
+    def saved(function, *needed):
+        shapes = []
+        inputs = [
+            each.detach().requires_grad_(need) for each, need in zip(draw((4, 8), (6, 8), (6,)), needed, strict=True)
+        ]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(sorted(t.shape)), lambda _: None):
+            function(*inputs)
+        return sorted(shapes)
+
+    for needed in ((True, True, True), (True, False, False), (False, True, True), (False, False, True)):
+        assert saved(linear, *needed) == saved(F.linear, *needed)
+
+
+def test_exported_for_any_batch():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 6)
+
+        def forward(self, x):
+            return linear(x, self.layer.weight, self.layer.bias)
+
+    batch = torch.export.Dim("batch", min=2, max=1000)
+    program = torch.export.export(Model(), (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
+    assert program.module()(torch.randn(900, 8)).shape == (900, 6)

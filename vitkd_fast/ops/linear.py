@@ -56,11 +56,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not x.is_cpu or x.numel() * weight.shape[0] < LEAST_WORK or not is_plain(*tensors) or transformed():
+    if not is_plain(*tensors) or transformed():  # first: who traces should not see that we look at sizes
+        return False
+    if not x.is_cpu or weight.dim() != 2 or x.numel() * len(weight) < LEAST_WORK:
         return False
     if any(tensor.dtype is not torch.float32 or not _is_plainly_stored(tensor) for tensor in tensors):
         return False
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return False  # for torch to make something of, or to say what is wrong
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
         return False
@@ -76,41 +78,46 @@ def _pixels(rows: Tensor) -> Tensor:
     return rows[None, :, None].permute(0, 3, 1, 2)
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows weightᵀ + bias, rows (M, K) contiguous, weight (N, K) of any strides."""
-    out = torch.conv2d(_pixels(rows), weight[:, :, None, None], bias)
-    return out.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+def _kernel(weight: Tensor) -> Tensor:
+    return weight[:, :, None, None]
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """rows weightᵀ + bias in this shape, rows (M, K) contiguous, weight (N, K) of any strides."""
+    out = torch.conv2d(_pixels(rows), _kernel(weight), bias).permute(0, 2, 3, 1)
+    # Contiguous already. No view: what a Function returns may be changed in place, as by an activation, if it is none.
+    return torch.ops.aten._unsafe_view(out.contiguous(), shape)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
-        return _multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        ctx.shape = x.shape
+        return _multiply(x.reshape(-1, x.shape[-1]), weight, bias, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, sums = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
+        sums = grad.reshape(-1, grad.shape[-1])
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        grad_bias = sums.sum(0) if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled() or not is_plain(grad):  # create_graph, or traced
-            grad_x = grad @ weight if for_x else None
-            grad_weight = sums.t() @ rows if for_weight else None
-            return grad_x, grad_weight, sums.sum(0) if for_bias else None
+            return None if weight is None else grad @ weight, None if x is None else sums.t() @ rows, grad_bias
         sums = sums.contiguous()
-        if for_x:
-            grad_x = _multiply(sums, weight.t()).view(x.shape)
-        by_convolution = "weight" in faster_by_convolution() and x.numel() * len(weight) >= LEAST_WORK_OF_WEIGHT
-        if for_weight and by_convolution:
-            _, grad_weight, _ = torch.ops.aten.convolution_backward(
-                _pixels(sums), _pixels(rows), weight[:, :, None, None], None,
-                [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False],
-            )  # fmt: skip
-            grad_weight = grad_weight.view(weight.shape)
-        elif for_weight:
-            grad_weight = sums.t() @ rows
-        if for_bias:
-            grad_bias = sums.sum(0)
-        return grad_x, grad_weight, grad_bias
+        grad_x = None if weight is None else _multiply(sums, weight.t(), None, ctx.shape)
+        return grad_x, None if x is None else _weight_gradient(sums, rows), grad_bias
+
+
+def _weight_gradient(sums: Tensor, rows: Tensor) -> Tensor:
+    """sumsᵀ rows, (M, N) and (M, K), both contiguous."""
+    n, k = sums.shape[1], rows.shape[1]
+    if "weight" not in faster_by_convolution() or rows.numel() * n < LEAST_WORK_OF_WEIGHT:
+        return sums.t() @ rows
+    kernel = _kernel(rows.new_empty(()).expand(n, k))  # of which nothing but the shape counts
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        _pixels(sums), _pixels(rows), kernel, None,
+        [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False],
+    )  # fmt: skip
+    return gradient.view(n, k)
