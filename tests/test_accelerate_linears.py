@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from vitkd_fast.accelerate import AccelerateReport, accelerate, decelerate
+from vitkd_fast.doctor import doctor
 
 accelerating = importlib.import_module("vitkd_fast.accelerate")  # as attributes these are functions
+doctoring = importlib.import_module("vitkd_fast.doctor")
 ops_linear = importlib.import_module("vitkd_fast.ops.linear")
 
 
 @pytest.fixture
 def gains(monkeypatch):
-    for module in (accelerating, ops_linear):
+    for module in (accelerating, doctoring, ops_linear):
         monkeypatch.setattr(module, "faster_by_convolution", lambda: frozenset({"output", "input", "weight"}))
     monkeypatch.setattr(ops_linear, "LEAST_WORK", 0)
 
@@ -83,3 +85,7 @@ def test_a_layer_parametrized_since_is_left_alone(gains):
     decelerate(net)
     torch.testing.assert_close(net(x), before)
     assert type(net[2]) is nn.Linear
+
+
+def test_the_doctor_knows(gains):
+    assert doctor().ops["linear"]["cpu"].startswith("oneDNN")

@@ -8,6 +8,7 @@ import torch
 from vitkd_fast import backends, choice
 from vitkd_fast._version import __version__
 from vitkd_fast.ops._library import OPS
+from vitkd_fast.ops.linear import faster_by_convolution
 
 
 @dataclass
@@ -49,7 +50,8 @@ def doctor() -> Report:
         devices=devices,
         libraries={name: f"not used: {why}" if why else _there(name) for name, why in backends.libraries().items()}
         | {"built with": _build()},
-        ops={op: {device: _implementation(op, device) for device in ("cpu", "cuda")} for op in OPS},
+        ops={op: {device: _implementation(op, device) for device in ("cpu", "cuda")} for op in OPS}
+        | {"linear": {"cpu": _linear()}},
         choice={device: _choice(torch.device(device)) for device in devices if device != "cpu" and torch.version.cuda},
     )
 
@@ -57,6 +59,12 @@ def doctor() -> Report:
 def _implementation(op: str, device: str) -> str:
     name, reason = backends.implementation(op, device)
     return f"{name}: {reason}"
+
+
+def _linear() -> str:
+    if faster_by_convolution():
+        return "oneDNN's convolution in float32, faster than MKL on AMD's CPUs; else torch"
+    return "torch: nothing is faster here"
 
 
 def _there(library: str) -> str:
