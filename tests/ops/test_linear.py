@@ -53,9 +53,11 @@ def test_is_torchs_within_rounding(shape, width, biased, taken):
     ours, torchs = both(linear, inputs, grad.detach()), both(F.linear, inputs, grad.detach())
     exact = both(F.linear, [each.detach().double().requires_grad_() for each in inputs], grad.detach().double())
     assert len(taken) == 1
+    terms = max(inputs[0].numel() // shape[-1], shape[-1], width)
+    rounding = torch.finfo(torch.float32).eps * terms**0.5  # of one running sum, which oneDNN's may be
     for result, other, true in zip(ours, torchs, exact, strict=True):
         assert result.shape == other.shape and result.is_contiguous()
-        assert error(result, true) <= max(2 * error(other, true), 1e-6)
+        assert error(result, true) <= max(2 * error(other, true), rounding)
 
 
 def test_is_the_same_every_time():

@@ -44,7 +44,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (out,).
 
     Returns:
-        (..., out). Its gradients are torch's within rounding, second derivatives included.
+        (..., out). Its gradients, second derivatives included, are torch's within rounding, which is that of one
+        running sum: at 768 terms some 3e-7 of the largest result with torch, up to 1.2e-6 here.
     """
     inputs = (x, weight, bias)
     if has_torch_function(inputs):
