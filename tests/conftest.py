@@ -1,6 +1,7 @@
-"""What all tests share: their order, one thread per worker, GPU skips, hypothesis profiles, poisoned memory."""
+"""What all tests share: their order, one thread per worker, GPU skips, hypothesis profiles, some fixtures."""
 
 import ctypes
+import importlib
 import os
 
 import hypothesis
@@ -69,3 +70,13 @@ def poisoned_memory():
         mallopt(M_PERTURB, 0)
     torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warning)
     torch.utils.deterministic.fill_uninitialized_memory = was_filled
+
+
+@pytest.fixture
+def convolved(monkeypatch):
+    """One entry for each linear layer that `vitkd_fast.ops.linear` computes as a convolution."""
+    calls = []
+    node = importlib.import_module("vitkd_fast.ops.linear")._Linear  # as an attribute it is the function
+    apply = node.apply
+    monkeypatch.setattr(node, "apply", lambda *inputs: calls.append(inputs) or apply(*inputs))
+    return calls

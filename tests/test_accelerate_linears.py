@@ -23,14 +23,6 @@ def gains(monkeypatch):
     monkeypatch.setattr(ops_linear, "LEAST_WORK", 0)
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    calls = []
-    apply = ops_linear._Linear.apply
-    monkeypatch.setattr(ops_linear._Linear, "apply", lambda *inputs: calls.append(inputs) or apply(*inputs))
-    return calls
-
-
 class Own(nn.Linear):
     def forward(self, input):
         return super().forward(input) + 1
@@ -41,7 +33,7 @@ def model():
     return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4, bias=False), Own(4, 4))
 
 
-def test_switches_torchs_layers_alone(gains, taken):
+def test_switches_torchs_layers_alone(gains, convolved):
     net = model()
     x = torch.randn(5, 8)
     before, names = net(x), list(net.state_dict())
@@ -52,14 +44,14 @@ def test_switches_torchs_layers_alone(gains, taken):
     assert [isinstance(each, nn.Linear) for each in net] == [True, False, True, True]
     assert list(net.state_dict()) == names
     torch.testing.assert_close(net(x), before)
-    assert len(taken) == 2
+    assert len(convolved) == 2
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         torch.testing.assert_close(other(x), before)
-    assert len(taken) == 6
+    assert len(convolved) == 6
     decelerate(net)
     assert [type(each) for each in net] == [nn.Linear, nn.GELU, nn.Linear, Own]
     torch.testing.assert_close(net(x), before)
-    assert len(taken) == 6
+    assert len(convolved) == 6
 
 
 def test_a_replaced_forward_is_kept(gains):
