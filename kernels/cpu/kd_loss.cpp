@@ -1,8 +1,9 @@
 // Distillation losses on the CPU. A row of logits is read for its maximum, then, from the first-level cache, for its
-// exponentials, the loss and the gradients: three sweeps, and one more for js.
+// exponentials, the loss and the gradients: three sweeps, and one more for js. Rows are too short for the hardware to
+// find out where memory is read next, so the first sweep asks for the next row.
 #include "../kernels.h"
 #include "shares.h"
-#include "simd.h"
+#include "sums.h"
 #include "workspace.h"
 
 namespace vitkd::cpu::VITKD_ISA {
@@ -10,26 +11,16 @@ namespace vitkd::cpu::VITKD_ISA {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-
-// Sums go round four vectors, so that a thousand classes make as many partial sums as hide the latency of an addition
-// and lose little to rounding.
-template <class T>
-struct Sum {
-  Vec<T> parts[4];
-  Sum() {
-    VITKD_UNROLL
-    for (int i = 0; i < 4; ++i) parts[i] = Vec<T>{};
-  }
-  T total() const { return sum<T>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
-};
+constexpr int64_t kFarthest = 4096;  // elements ahead of those that are read, of which memory is asked for
 
 // body(first class, part of a Sum, how many classes) for every vector of a row; all are whole but the last, and say so
 // by a constant, which leaves nothing of the care that the last one takes.
-template <class T, class Body>
-inline void sweep(int64_t classes, Body body) {
-  constexpr int64_t lanes = kLanes<T>;
+template <class T, class Body, class... Sums>
+inline void sweep(int64_t classes, Body body, Sums&... sums) {
+  constexpr int64_t lanes = kLanes<T>, section = 4 * lanes * Sum<T>::kSection;
   int64_t c = 0;
   for (; c + 4 * lanes <= classes; c += 4 * lanes) {
+    if (c > 0 && c % section == 0) (sums.end_section(), ...);
     VITKD_UNROLL
     for (int part = 0; part < 4; ++part) body(c + part * lanes, part, std::integral_constant<int64_t, lanes>{});
   }
@@ -75,6 +66,7 @@ struct Row {
   int64_t classes;
   T temperature, weight;
   const S *s, *t;
+  int64_t ahead_s, ahead_t;  // from an element to what memory is asked for meanwhile: that of the next row, if not far
   T *q, *p;
   S *grad_s, *grad_t;  // null when not wanted
 
@@ -102,11 +94,12 @@ inline Vec<T> below(const S* logits, int64_t c, Count count, T peak) {
 }
 
 template <class S, class T = Compute<S>>
-T largest(const S* logits, int64_t classes) {
+T largest(const S* logits, int64_t ahead, int64_t classes) {
   Vec<T> most[4];
   VITKD_UNROLL
   for (int i = 0; i < 4; ++i) most[i] = broadcast(T(-__builtin_inf()));
   sweep<T>(classes, [&](int64_t c, int part, auto count) {
+    __builtin_prefetch(logits + c + ahead);
     most[part] = maximum<T>(first_lanes<T>(load_wide(logits + c, count), count, T(-__builtin_inf())), most[part]);
   });
   return max<T>(maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3])));
@@ -120,8 +113,8 @@ Softmaxes<Compute<S>> softmaxes(const Row<S>& row) {
   T *const row_q = row.q, *const row_p = row.p;
   const T scale = T(kLog2E / double(row.temperature));
   Softmaxes<T> result;
-  result.peak_s = largest(row_s, row.classes);
-  result.peak_t = largest(row_t, row.classes);
+  result.peak_s = largest(row_s, row.ahead_s, row.classes);
+  result.peak_t = largest(row_t, row.ahead_t, row.classes);
   Sum<T> sum_s, sum_t, weighed;
   sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
     const Vec<T> s = below(row_s, c, count, result.peak_s), t = below(row_t, c, count, result.peak_t);
@@ -131,10 +124,10 @@ Softmaxes<Compute<S>> softmaxes(const Row<S>& row) {
     sum_s.parts[part] += q;
     sum_t.parts[part] += p;
     weighed.parts[part] += reverse ? q * (s - t) : p * (t - s);
-  });
-  result.sum_s = sum_s.total();
-  result.sum_t = sum_t.total();
-  result.weighed = weighed.total();
+  }, sum_s, sum_t, weighed);
+  result.sum_s = sum<T>(sum_s.total());
+  result.sum_t = sum<T>(sum_t.total());
+  result.weighed = sum<T>(weighed.total());
   result.log_ratio = T(__builtin_log(double(result.sum_s) / double(result.sum_t)));
   return result;
 }
@@ -176,8 +169,8 @@ Compute<S> js(const Row<S>& row) {
     const OverMean<T> logs = over_mean<T>(log_q_over_p(c, count));
     sum_s.parts[part] += load(row.q + c) * logs.q;
     sum_t.parts[part] += load(row.p + c) * logs.p;
-  });
-  const T total_s = sum_s.total() * of_s, total_t = sum_t.total() * of_t;
+  }, sum_s, sum_t);
+  const T total_s = sum<T>(sum_s.total()) * of_s, total_t = sum<T>(sum_t.total()) * of_t;
   if (row.grad_s || row.grad_t) {
     const T factor = row.temperature * row.weight / T(2);
     sweep<T>(row.classes, [&](int64_t c, int, auto count) {
@@ -196,13 +189,15 @@ Compute<S> difference(const Row<S>& row, bool squared) {
   const Vec<T> one = broadcast(T(1));
   Sum<T> total;
   sweep<T>(row.classes, [&](int64_t c, int part, auto count) {
+    __builtin_prefetch(row.s + c + row.ahead_s);
+    __builtin_prefetch(row.t + c + row.ahead_t);
     const Vec<T> d = load_wide(row.s + c, count) - load_wide(row.t + c, count);
-    const Vec<T> sign = d > T(0) ? one : (d < T(0) ? -one : Vec<T>{});
-    total.parts[part] += squared ? d * d : d * sign;
-    const Vec<T> grad = (squared ? d * T(2) : sign) * factor;
+    total.parts[part] += squared ? d * d : maximum<T>(-d, d);
+    if (!row.grad_s && !row.grad_t) return;
+    const Vec<T> sign = d > T(0) ? one : (d < T(0) ? -one : Vec<T>{}), grad = (squared ? d * T(2) : sign) * factor;
     row.store_grads(c, count, grad, -grad);
-  });
-  return total.total() * per_class;
+  }, total);
+  return sum<T>(total.total()) * per_class;
 }
 
 template <class S>
@@ -226,6 +221,8 @@ void run(const KDLoss& args, ParallelFor parallel_for) {
     row.classes = args.classes;
     row.temperature = T(args.temperature);
     row.weight = T(args.weight);
+    row.ahead_s = args.student_stride < kFarthest ? args.student_stride : kFarthest;
+    row.ahead_t = args.teacher_stride < kFarthest ? args.teacher_stride : kFarthest;
     row.q = memory.take<T>(pad<T>(args.classes));
     row.p = memory.take<T>(pad<T>(args.classes));
     for (Range mine = walk.take(); !mine.empty(); mine = walk.take()) {

@@ -3,15 +3,19 @@
 #pragma once
 
 #include "lone.h"
+#include "sums.h"
 
 namespace vitkd::cpu::VITKD_ISA {
 
-// body(row, constant) for all rows, as many at a time as the constant says: four independent sums hide the latency of
-// one, and lose less to rounding.
-template <class Body>
-inline void by_fours(int64_t rows, Body body) {
+// body(row, constant) for all rows, as many at a time as the constant says, each for another part of the sums.
+template <class Body, class... Sums>
+inline void by_fours(int64_t rows, Body body, Sums&... sums) {
+  constexpr int64_t section = 4 * Sum<float>::kSection;
   int64_t n = 0;
-  for (; n + 4 <= rows; n += 4) body(n, std::integral_constant<int, 4>{});
+  for (; n + 4 <= rows; n += 4) {
+    if (n > 0 && n % section == 0) (sums.end_section(), ...);
+    body(n, std::integral_constant<int, 4>{});
+  }
   if (rows & 2) body(n, std::integral_constant<int, 2>{}), n += 2;
   if (rows & 1) body(n, std::integral_constant<int, 1>{});
 }
@@ -29,26 +33,19 @@ Vec<T> column_max(const T* scores, int64_t tokens, int64_t columns) {
   return maximum<T>(maximum<T>(most[0], most[1]), maximum<T>(most[2], most[3]));
 }
 
-template <class T>
-Vec<T> total(const Vec<T> (&parts)[4]) {
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
 // One vector of columns of scores becomes exp2(factor * (score - max)), as the operand of a sum over keys; in place for
 // floats. Returns the sum of each column.
 template <class In, class T>
 Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* weights) {
   const Vec<T> peak = column_max(scores, tokens, columns) * factor;
-  Vec<T> sums[4];
-  VITKD_UNROLL
-  for (int i = 0; i < 4; ++i) sums[i] = Vec<T>{};
+  Sum<T> sum;
   by_fours(tokens, [&](int64_t n, auto count) {
     constexpr int rows = count;
     Vec<T> e[rows];
     VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
       e[i] = exponential<In>(load(scores + (n + i) * columns) * factor - peak);
-      sums[i] += e[i];
+      sum.parts[i] += e[i];
     }
     if constexpr (kSteps<In> == 1) {
       VITKD_UNROLL
@@ -59,8 +56,8 @@ Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* we
         store_operand(weights + (n + i) / 2 * columns, join(e[i], i + 1 < rows ? e[i + 1] : Vec<T>{}));
       }
     }
-  });
-  return total<T>(sums);
+  }, sum);
+  return sum.total();
 }
 
 // Operands that hold a strip's weights P and their gradient dS = P (dP - sum(P dP)).
@@ -76,9 +73,7 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
                       const Softened<In>& out) {
   const Vec<T> peak = column_max(scores, tokens, columns) * factor;
   const int64_t row = tile_depth<In>(columns);
-  Vec<T> sums[4], dots[4];
-  VITKD_UNROLL
-  for (int i = 0; i < 4; ++i) sums[i] = dots[i] = Vec<T>{};
+  Sum<T> sum, dot;
   by_fours(tokens, [&](int64_t n, auto count) {
     constexpr int rows = count;
     VITKD_UNROLL
@@ -86,11 +81,11 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
       T* score = scores + (n + i) * columns;
       const Vec<T> e = exponential<In>(load(score) * factor - peak);
       store(score, e);
-      sums[i] += e;
-      dots[i] += e * load(grads + (n + i) * columns);
+      sum.parts[i] += e;
+      dot.parts[i] += e * load(grads + (n + i) * columns);
     }
-  });
-  const Vec<T> inverse = T(1) / total<T>(sums), scaled = inverse * scale, delta = total<T>(dots) * inverse;
+  }, sum, dot);
+  const Vec<T> inverse = T(1) / sum.total(), scaled = inverse * scale, delta = dot.total() * inverse;
   by_fours(tokens, [&](int64_t n, auto count) {
     constexpr int rows = count;
     Vec<T> p[rows], ds[rows];

@@ -88,6 +88,13 @@ def test_long_sequences(op, tokens, dtype):
     check(op, *draw(1, tokens, 1, 32, dtype, op.device))
 
 
+@pytest.mark.parametrize("tokens", [197, 1025])
+def test_what_tokens_have_in_common(op, tokens):
+    """Of gradients of scores, which add up to 0 for a query, times keys around 1, nearly all cancels in grad_query."""
+    qkv, grad_out = draw(2, tokens, 2, 64, torch.float32, op.device)
+    check(op, qkv + 1, grad_out + 1)
+
+
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
 def test_bias_over_many_rows(op, dtype):
     """8 × 6 heads of ViT size: 1576 groups of errors, so a bias of a sixth of the RMS error is seen."""

@@ -80,6 +80,13 @@ def test_bias_over_many_rows(op, kind, dtype):
     check(op, *draw(4096, 10, dtype, op.device), kind, 1.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_classes(op, kind, dtype):
+    """ImageNet-21k's: a sum over so many classes in one float32 accumulator loses to the formula's."""
+    check(op, *draw(17, 21841, dtype, op.device), kind, 1.0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_converging_networks(op, kind):
     """Student and teacher nearly agree, as they do late in training: the loss is a small difference of large terms."""
