@@ -19,7 +19,7 @@ def this_cpu_gains(request, monkeypatch):
     products = {"output", "input", "weight"} if request.param == "with AVX-512" else {"output", "input"}
     monkeypatch.setattr(module, "faster_by_convolution", lambda: frozenset(products))
     monkeypatch.setattr(module, "LEAST_WORK", 1)
-    monkeypatch.setattr(module, "LEAST_WORK_OF_WEIGHT", 0)
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
 
 
 class Layer(nn.Linear):
@@ -54,6 +54,15 @@ def test_is_torchs_within_rounding(shape, width, biased, convolved):
     for result, other, true in zip(ours, torchs, exact, strict=True):
         assert result.shape == other.shape and result.is_contiguous()
         assert error(result, true) <= max(2 * error(other, true), rounding)
+
+
+def test_the_gradient_of_weights_in_pieces(monkeypatch):
+    monkeypatch.setattr(module, "MOST_ROWS", 50)
+    inputs = draw((2, 65, 192), (192, 192), (192,))
+    (grad,) = draw((2, 65, 192))
+    for ours, torchs in zip(both(linear, inputs, grad.detach()), both(F.linear, inputs, grad.detach()), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-4)
+        assert ours.is_contiguous()
 
 
 def test_is_the_same_every_time():
@@ -106,8 +115,11 @@ def test_torchs_where_it_is_not_for_us(convolved, monkeypatch):
         linear(x[:, :7].contiguous(), weight, bias)
     monkeypatch.setattr(module, "LEAST_WORK", 4 * 8 * 6 + 1)
     linear(x, weight, bias)
-    assert convolved == []
     monkeypatch.setattr(module, "LEAST_WORK", 4 * 8 * 6)
+    monkeypatch.setattr(module, "LEAST_ROWS", 5)
+    linear(x, weight, bias)
+    assert convolved == []
+    monkeypatch.setattr(module, "LEAST_ROWS", 4)
     linear(x, weight, bias)
     assert len(convolved) == 1
 

@@ -14,9 +14,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from vitkd_fast.ops._library import is_plain, transformed
 
-# Multiply-adds; of fewer, a convolution's preparations are too large a part.
-LEAST_WORK = 1 << 24
-LEAST_WORK_OF_WEIGHT = 1 << 25
+# With less to do, a convolution's preparations are too large a part.
+LEAST_ROWS = 64
+LEAST_WORK = 1 << 24  # multiply-adds
+# Of one convolution for the gradient of weights: as its channels, more would not stay in a cache.
+MOST_ROWS = 2048
 
 
 @cache
@@ -30,7 +32,7 @@ def faster_by_convolution() -> frozenset[str]:
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not both or not _facts.made_by_amd() or not _facts.cpu()["avx2"]:
         return frozenset()
-    # oneDNN's gradient of a convolution's weights is slow with AVX2.
+    # With AVX2 oneDNN gains less, and at few channels nothing where rows are the channels.
     return frozenset({"output", "input", "weight"} if _facts.cpu()["avx512"] else {"output", "input"})
 
 
@@ -59,7 +61,9 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not is_plain(*tensors) or transformed():  # first: who traces should not see that we look at sizes
         return False
-    if not x.is_cpu or weight.dim() != 2 or x.numel() * len(weight) < LEAST_WORK:
+    if not x.is_cpu or weight.dim() != 2:
+        return False
+    if x.numel() < LEAST_ROWS * weight.shape[1] or x.numel() * len(weight) < LEAST_WORK:
         return False
     if any(tensor.dtype is not torch.float32 or not _is_plainly_stored(tensor) for tensor in tensors):
         return False
@@ -83,11 +87,10 @@ def _kernel(weight: Tensor) -> Tensor:
     return weight[:, :, None, None]
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """rows weightᵀ + bias in this shape, rows (M, K) contiguous, weight (N, K) of any strides."""
-    out = torch.conv2d(_pixels(rows), _kernel(weight), bias).permute(0, 2, 3, 1)
-    # Contiguous already. No view: what a Function returns may be changed in place, as by an activation, if it is none.
-    return torch.ops.aten._unsafe_view(out.contiguous(), shape)
+def _rows(pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `_pixels` made an image of, in this shape. Contiguous already; and no view: what a Function returns may be
+    changed in place, as by an activation, if it is none."""
+    return torch.ops.aten._unsafe_view(pixels.permute(0, 2, 3, 1).contiguous(), shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -96,7 +99,8 @@ class _Linear(torch.autograd.Function):
         for_x, for_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         ctx.shape = x.shape
-        return _multiply(x.reshape(-1, x.shape[-1]), weight, bias, (*x.shape[:-1], len(weight)))
+        out = torch.conv2d(_pixels(x.reshape(-1, x.shape[-1])), _kernel(weight), bias)
+        return _rows(out, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx, grad):
@@ -107,18 +111,25 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled() or not is_plain(grad):  # create_graph, or traced
             return None if weight is None else grad @ weight, None if x is None else sums.t() @ rows, grad_bias
         sums = sums.contiguous()
-        grad_x = None if weight is None else _multiply(sums, weight.t(), None, ctx.shape)
+        grad_x = None if weight is None else _rows(torch.conv_transpose2d(_pixels(sums), _kernel(weight)), ctx.shape)
         return grad_x, None if x is None else _weight_gradient(sums, rows), grad_bias
 
 
 def _weight_gradient(sums: Tensor, rows: Tensor) -> Tensor:
-    """sumsᵀ rows, (M, N) and (M, K), both contiguous."""
-    n, k = sums.shape[1], rows.shape[1]
-    if "weight" not in faster_by_convolution() or rows.numel() * n < LEAST_WORK_OF_WEIGHT:
+    """sumsᵀ rows, (M, N) and (M, K), both contiguous.
+
+    One image of K pixels and M channels becomes one of N channels. As the gradient of a convolution's weights, what it
+    is, oneDNN takes up to five times as long, depending on the prime factors of M.
+    """
+    if "weight" not in faster_by_convolution():
         return sums.t() @ rows
-    kernel = _kernel(rows.new_empty(()).expand(n, k))  # of which nothing but the shape counts
-    _, gradient, _ = torch.ops.aten.convolution_backward(
-        _pixels(sums), _pixels(rows), kernel, None,
-        [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False],
-    )  # fmt: skip
-    return gradient.view(n, k)
+    gradient = None
+    for piece, of in zip(_pieces(sums), _pieces(rows), strict=True):
+        product = torch.conv_transpose2d(of[None, :, None], _kernel(piece))[0, :, 0]
+        gradient = product if gradient is None else gradient.add_(product)
+    assert gradient is not None  # there are rows
+    return gradient
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.tensor_split(-(-len(rows) // MOST_ROWS))
