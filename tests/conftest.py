@@ -76,7 +76,7 @@ def poisoned_memory():
 def convolved(monkeypatch):
     """One entry for each linear layer that `vitkd_fast.ops.linear` computes as a convolution."""
     calls = []
-    node = importlib.import_module("vitkd_fast.ops.linear")._Linear  # as an attribute it is the function
-    apply = node.apply
-    monkeypatch.setattr(node, "apply", lambda *inputs: calls.append(inputs) or apply(*inputs))
+    module = importlib.import_module("vitkd_fast.ops.linear")  # as an attribute it is the function
+    output = module._output
+    monkeypatch.setattr(module, "_output", lambda *inputs: calls.append(inputs) or output(*inputs))
     return calls

@@ -54,7 +54,7 @@ def dtype_class(dtype: torch.dtype) -> str:
     return f"{dtype.itemsize * 8}-bit"
 
 
-def _constant(function: _Function) -> _Function:
+def constant(function: _Function) -> _Function:
     """What torch.compiler.assume_constant_result does, which would import all of Dynamo, and Triton with it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -110,7 +110,7 @@ def _default(tokens: int) -> tuple[Range, ...]:
     )
 
 
-@_constant
+@constant
 def attention(
     device: torch.device, dtype: torch.dtype, gradient: bool = True
 ) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
@@ -131,7 +131,7 @@ def _kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
     return _measured(measured, "classes") if measured else (_range(None, "native", "default, not measured"),)
 
 
-@_constant
+@constant
 def kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
     """Who takes how many classes. torch has no such loss, so "sdpa" stands for none of the kernels being there."""
     return _kd_loss(device, dtype)

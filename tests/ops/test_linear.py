@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitkd_fast.ops import linear
 
@@ -124,10 +125,38 @@ def test_torchs_where_it_is_not_for_us(convolved, monkeypatch):
     assert len(convolved) == 1
 
 
-def test_compiled_it_is_torchs(convolved):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(backend, convolved):
+    torch._dynamo.reset()  # it remembers of a function which sizes changed
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(linear, backend=counter, fullgraph=True)
+    for rows in (9, 7, 5):
+        inputs = draw((rows, 8), (6, 8), (6,))
+        grad = torch.ones(rows, 6)
+        for ours, torchs in zip(both(compiled, inputs, grad), both(F.linear, inputs, grad), strict=True):
+            torch.testing.assert_close(ours, torchs)
+    assert len(convolved) == 3
+    assert counter.frame_count == 2  # for 9 rows, and for any
+
+
+@pytest.mark.parametrize("rows, layout", [(9, "rows"), (4, "rows"), (9, "columns")])
+def test_what_compiled_code_calls_is_an_op(rows, layout, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ROWS", 5)
+    x, weight, bias = draw((rows, 8), (6, 8), (6,))
+    grad = torch.randn(rows, 6)
+    if layout == "columns":
+        x, grad = (each.detach().t().contiguous().t().requires_grad_() for each in (x, grad))
+    torch.library.opcheck(torch.ops.vitkd.linear, (x, weight, bias))
+    torch.library.opcheck(torch.ops.vitkd.linear, (x, weight, None))
+    torch.library.opcheck(torch.ops.vitkd.linear_input_gradient, (grad.detach(), weight.detach()))
+    torch.library.opcheck(torch.ops.vitkd.linear_weight_gradient, (grad.detach(), x.detach()))
+
+
+def test_compiled_under_autocast_it_is_torchs(convolved):
     x, weight, bias = (each.detach() for each in draw((4, 8), (6, 8), (6,)))
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x, weight, bias), F.linear(x, weight, bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x, weight, bias), F.linear(x, weight, bias))
     assert convolved == []
 
 

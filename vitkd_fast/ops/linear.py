@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from vitkd_fast.ops._library import is_plain, transformed
+from vitkd_fast.choice import constant
+from vitkd_fast.ops._library import LIBRARY, is_plain, transformed
 
 # With less to do, a convolution's preparations are too large a part.
 LEAST_ROWS = 64
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias: `torch.nn.functional.linear`, in float32 on AMD's CPUs up to twice as fast.
 
     Args:
-        x: (..., in). What is not contiguous float32 on the CPU, or is compiled, traced, transformed, under autocast, or
+        x: (..., in). What is not contiguous float32 on the CPU, or is exported, traced, transformed, under autocast, or
             too small to gain, is torch's.
         weight: (out, in).
         bias: (out,).
@@ -52,24 +53,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     inputs = (x, weight, bias)
     if has_torch_function(inputs):
         return handle_torch_function(linear, inputs, x, weight, bias)
-    if not _fits(x, weight, bias):
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if transformed():
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    if is_plain(*tensors):
+        return _Linear.apply(x, weight, bias) if _fits(x, weight, bias) else F.linear(x, weight, bias)
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and _may_fit(*tensors):
+        return torch.ops.vitkd.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _may_fit(*tensors: Tensor) -> bool:
+    """As far as torch.compile should look: not at sizes, on which it would put guards."""
+    if any(tensor.dtype is not torch.float32 or not tensor.is_cpu for tensor in tensors):
+        return False
+    return not torch.is_autocast_enabled("cpu") and _gains()
+
+
+@constant
+def _gains() -> bool:
+    return bool(faster_by_convolution())
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not is_plain(*tensors) or transformed():  # first: who traces should not see that we look at sizes
-        return False
-    if not x.is_cpu or weight.dim() != 2:
-        return False
-    if x.numel() < LEAST_ROWS * weight.shape[1] or x.numel() * len(weight) < LEAST_WORK:
-        return False
-    if any(tensor.dtype is not torch.float32 or not _is_plainly_stored(tensor) for tensor in tensors):
+    if not x.is_cpu or weight.dim() != 2 or not _is_large(x, *weight.shape):
         return False
     if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return False  # for torch to make something of, or to say what is wrong
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
+        return False
+    return _are_ours(*tensors)
+
+
+def _is_large(rows: Tensor, width: int, depth: int) -> bool:
+    """Whether rows, each of `depth`, are worth a convolution to `width`."""
+    return rows.numel() >= LEAST_ROWS * depth and rows.numel() * width >= LEAST_WORK
+
+
+def _are_ours(*tensors: Tensor) -> bool:
+    if any(tensor.dtype is not torch.float32 or not _is_plainly_stored(tensor) for tensor in tensors):
         return False
     return torch._C._get_mkldnn_enabled() and bool(faster_by_convolution())
 
@@ -93,34 +116,24 @@ def _rows(pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.ops.aten._unsafe_view(pixels.permute(0, 2, 3, 1).contiguous(), shape)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        for_x, for_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
-        ctx.shape = x.shape
-        out = torch.conv2d(_pixels(x.reshape(-1, x.shape[-1])), _kernel(weight), bias)
-        return _rows(out, (*x.shape[:-1], len(weight)))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        sums = grad.reshape(-1, grad.shape[-1])
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
-        grad_bias = sums.sum(0) if ctx.needs_input_grad[2] else None
-        if torch.is_grad_enabled() or not is_plain(grad):  # create_graph, or traced
-            return None if weight is None else grad @ weight, None if x is None else sums.t() @ rows, grad_bias
-        sums = sums.contiguous()
-        grad_x = None if weight is None else _rows(torch.conv_transpose2d(_pixels(sums), _kernel(weight)), ctx.shape)
-        return grad_x, None if x is None else _weight_gradient(sums, rows), grad_bias
+def _output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.conv2d(_pixels(x.reshape(-1, x.shape[-1])), _kernel(weight), bias)
+    return _rows(out, (*x.shape[:-1], len(weight)))
 
 
-def _weight_gradient(sums: Tensor, rows: Tensor) -> Tensor:
-    """sumsᵀ rows, (M, N) and (M, K), both contiguous.
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad weight, (..., N) contiguous and (N, K)."""
+    pixels = torch.conv_transpose2d(_pixels(grad.reshape(-1, grad.shape[-1])), _kernel(weight))
+    return _rows(pixels, (*grad.shape[:-1], weight.shape[1]))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ x over all M rows, (..., N) and (..., K), both contiguous.
 
     One image of K pixels and M channels becomes one of N channels. As the gradient of a convolution's weights, what it
     is, oneDNN takes up to five times as long, depending on the prime factors of M.
     """
+    sums, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     if "weight" not in faster_by_convolution():
         return sums.t() @ rows
     gradient = None
@@ -133,3 +146,86 @@ def _weight_gradient(sums: Tensor, rows: Tensor) -> Tensor:
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
     return rows.tensor_split(-(-len(rows) // MOST_ROWS))
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        return _output(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled() or not is_plain(grad):  # create_graph, or traced
+            return _formula(ctx, grad)
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        return (
+            None if weight is None else _input_gradient(grad, weight),
+            None if x is None else _weight_gradient(grad, x),
+            _bias_gradient(grad) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _formula(ctx, grad):
+    x, weight = ctx.saved_tensors
+    return (
+        None if weight is None else grad @ weight,
+        None if x is None else grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]),
+        _bias_gradient(grad) if ctx.needs_input_grad[2] else None,
+    )
+
+
+# For torch.compile, which sees these and puts no guard on what they ask at run time. Like gelu's, no public ops.
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.define("linear_input_gradient(Tensor grad, Tensor weight) -> Tensor")
+LIBRARY.define("linear_weight_gradient(Tensor grad, Tensor x) -> Tensor")
+
+
+def _linear(x, weight, bias):
+    return _output(x, weight, bias) if _fits(x, weight, bias) else F.linear(x, weight, bias)
+
+
+def _linear_input_gradient(grad, weight):
+    grad = grad.contiguous()
+    ours = _is_large(grad, weight.shape[1], weight.shape[0]) and _are_ours(grad, weight)
+    return _input_gradient(grad, weight) if ours else grad @ weight
+
+
+def _linear_weight_gradient(grad, x):
+    grad, x = grad.contiguous(), x.contiguous()
+    ours = _is_large(x, grad.shape[-1], x.shape[-1]) and _are_ours(grad, x)
+    return _weight_gradient(grad, x) if ours else grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _ = inputs
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+
+
+def _backward(ctx, grad):
+    if torch.is_grad_enabled():  # create_graph
+        return _formula(ctx, grad)
+    x, weight = ctx.saved_tensors
+    return (
+        None if weight is None else torch.ops.vitkd.linear_input_gradient(grad, weight),
+        None if x is None else torch.ops.vitkd.linear_weight_gradient(grad, x),
+        _bias_gradient(grad) if ctx.needs_input_grad[2] else None,
+    )
+
+
+LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_weight_gradient", _linear_weight_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("vitkd::linear", F.linear, lib=LIBRARY)
+torch.library.register_fake("vitkd::linear_input_gradient", torch.matmul, lib=LIBRARY)
+torch.library.register_fake(
+    "vitkd::linear_weight_gradient", lambda grad, x: x.new_empty(grad.shape[-1], x.shape[-1]), lib=LIBRARY
+)
+torch.library.register_autograd("vitkd::linear", _backward, setup_context=_setup_context, lib=LIBRARY)
