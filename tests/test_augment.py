@@ -40,3 +40,12 @@ def test_gradients_reach_the_images_and_zero_moves_nothing():
     augmented(images, 0.125, 0.2).sum().backward()
     assert (images.grad != 0).float().mean() > 0.8
     assert augmented(images, 0, 0.0) is images
+
+
+def test_autocast_does_not_reach_the_grid():
+    images = torch.rand(4, 1, 96, 96)
+    torch.manual_seed(1)
+    expected = turned(images, 0.2)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(turned(images, 0.2), expected)

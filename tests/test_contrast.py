@@ -90,3 +90,10 @@ def test_the_head_learns_with_the_generator():
     made.round(0.0)
     after = list(contrast_of(made).head.parameters())
     assert len(after) == 4 and all(not torch.equal(old, new) for old, new in zip(before, after))
+
+
+def test_autocast_does_not_reach_the_similarities():
+    queries, keys = (torch.nn.functional.normalize(torch.randn(n, 6), dim=1) for n in (3, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = info_nce(queries, keys)
+    assert torch.equal(found, info_nce(queries, keys))

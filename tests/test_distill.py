@@ -318,12 +318,12 @@ def test_timm_vits_of_other_sizes_share_tokens_and_are_accelerated():
 
     def vit(dim, patch_size):
         return VisionTransformer(
-            img_size=SIZE, patch_size=patch_size, in_chans=1, num_classes=3, embed_dim=dim, depth=1, num_heads=1
+            img_size=SIZE, patch_size=patch_size, in_chans=1, num_classes=3, embed_dim=dim, depth=2, num_heads=1
         )
 
     result = distill(vit(32, 4), vit(16, 4), steps=6, **QUICK)
     assert "tokens" in result.history[-1]
-    assert any(note.startswith("teacher: 1 of 1 attention blocks") for note in result.report.notes)
+    assert any(note.startswith("teacher: 2 of 2 attention blocks") for note in result.report.notes)
     asked = {"attention": 1.0, "blocks": 1.0}
     result = distill(vit(32, 4), vit(16, 2), steps=6, accelerate=False, student_objectives=asked, **QUICK)
     assert {"tokens", "blocks"} < result.history[-1].keys()
@@ -407,3 +407,71 @@ def test_networks_that_cannot_be_used_as_they_are_say_what_to_do(teacher, studen
 def test_a_student_is_a_module_or_a_name(student):
     with pytest.raises(TypeError, match=r"student is a .*; accepted: an nn\.Module, or the name of a model"):
         distill(tiny_teacher(), student, steps=3, **QUICK)
+
+
+def test_a_student_made_of_the_teachers_parts_is_refused():
+    teacher, student = tiny_teacher(), tiny_student()
+    student.head = teacher.head
+    with pytest.raises(ValueError, match=r"student's head\.weight is the teacher's own; give it a copy"):
+        distill(teacher, student, steps=5, **QUICK)
+
+
+def test_what_can_be_gone_through_once_is_not_evaluated_every_few_steps():
+    batches = [(held_images(8), torch.zeros(8, dtype=torch.long))]
+    with pytest.raises(ValueError, match="evaluate is a list_iterator, which can be gone through once"):
+        distill(tiny_teacher(), tiny_student(), evaluate=iter(batches), evaluate_every=3, steps=5, **QUICK)
+
+
+def test_the_gpus_of_others_keep_their_random_state(monkeypatch):
+    seeded, networks = [], (tiny_teacher(), tiny_student())
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    distill(*networks, steps=1, **QUICK)
+    assert seeded == []
+
+
+def test_a_generator_that_makes_no_picture_loses_no_report(tmp_path, monkeypatch):
+    def only_batches(images):
+        raise RuntimeError("it makes 32 at a time")
+
+    monkeypatch.setattr(importlib.import_module("vitkd_fast.tasks"), "image_grid", only_batches)
+    with pytest.warns(UserWarning, match="it makes 32 at a time"):
+        result = distill(tiny_teacher(), tiny_student(), steps=3, out=tmp_path, **QUICK)
+    assert result.report.status == "completed"
+    assert {"report.json", "student.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_after_an_error_the_student_is_in_eval_mode(monkeypatch):
+    from vitkd_fast.run import Log
+
+    def failing(self, evaluated):
+        raise RuntimeError("of a stranger's")
+
+    monkeypatch.setattr(Log, "step", failing)
+    student = tiny_student()
+    with pytest.raises(RuntimeError, match="of a stranger's"):
+        distill(tiny_teacher(), student, steps=3, **QUICK)
+    assert not student.training
+
+
+def test_a_student_that_drops_patches_is_not_compared_by_tokens():
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": SIZE, "patch_size": 2, "in_chans": 1, "num_classes": 3, "num_heads": 1, "depth": 2}
+    teacher, student = (
+        VisionTransformer(embed_dim=32, **sizes),
+        VisionTransformer(embed_dim=16, patch_drop_rate=0.5, **sizes),
+    )
+    result = distill(teacher, student, steps=3, **QUICK)
+    assert "tokens is off: the student drops patches while it trains (patch_drop_rate)" in result.report.notes
+
+
+def test_a_student_of_one_block_has_no_blocks_to_compare():
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": SIZE, "patch_size": 2, "in_chans": 1, "num_classes": 3, "num_heads": 1}
+    teacher, student = (VisionTransformer(embed_dim=dim, depth=depth, **sizes) for dim, depth in ((32, 3), (16, 1)))
+    asked = {"blocks": 1.0, "tokens": 0.0, "logits": 0.0}
+    with pytest.raises(ValueError, match=r"nothing to minimise.*blocks is off: the student has one block"):
+        distill(teacher, student, steps=3, student_objectives=asked, **QUICK)

@@ -163,3 +163,11 @@ def test_a_student_that_does_not_say_its_layout_is_taken_as_it_is():
     bare = vit(class_token=False, global_pool="avg")
     result = distill(bare, student, steps=6, accelerate=False, **QUICK)
     assert len(result.report.notes) == 1 and "tokens" in result.history[-1]
+
+
+def test_a_register_is_no_class_token():
+    register = Layout(5, 1, False, (2, 2))
+    own, others = tokens_of(CLASS_4), tokens_of(register, 5)
+    left, right = align(own, others, CLASS_4, register)
+    assert torch.equal(left, own[:, 1:]) and torch.equal(right, others[:, 1:])
+    assert why_not_aligned(CLASS_4, register, resize=False) is None

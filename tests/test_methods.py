@@ -205,3 +205,12 @@ def test_a_strangers_method_objective_and_generator_join_in(monkeypatch):
         assert torch.equal(images, images[..., :1].expand_as(images))
     assert result.history[-1]["grey"] < result.history[0]["grey"] / 2
     assert "confident" in result.history[-1]
+
+
+def test_patch_entropy_is_of_all_blocks_of_the_teacher_whatever_the_student_has():
+    options = {"method": "psaq", "steps": 1, "generator_objectives": {"asked": 0.0, "total_variation": 0.0}}
+    values = [
+        distill(vit(16, 3, seed=0), vit(8, depth, seed=1), **options, **ROUND, **QUICK).history[0]["patch_entropy"]
+        for depth in (1, 3)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)

@@ -130,3 +130,15 @@ def test_it_may_have_all_the_weights():
     loss = net(torch.randn(3, 6)).square().mean()
     optimizer.step(loss, {"loss": loss}, PEAK)
     assert not torch.equal(net.weight, before)
+
+
+def test_a_weight_without_a_gradient_does_not_decay():
+    weights = [nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    weights[0].grad = torch.randn(6, 4)
+    before = [weight.detach().clone() for weight in weights]
+    Muon(weights, weight_decay=0.5).step(0.01, GOOD)
+    assert torch.equal(weights[1], before[1]) and not torch.equal(weights[0], before[0])
+    weights[0].grad = None
+    before = weights[0].detach().clone()
+    Muon(weights, weight_decay=0.5).step(0.01, GOOD)
+    assert torch.equal(weights[0], before)

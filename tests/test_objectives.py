@@ -74,7 +74,8 @@ def seen_by(pair, needs, config=None):
 
 
 def generator_term(name, scene):
-    return GENERATOR_OBJECTIVES[name].function(scene)
+    function = GENERATOR_OBJECTIVES[name].function
+    return function(scene.pair)(scene) if isinstance(function, type) else function(scene)
 
 
 def student_term(name, scene):
@@ -183,6 +184,12 @@ def test_patch_entropy_is_minus_that_of_every_blocks_patches(vit_pair):
         entropies.append(ops.patch_similarity_entropy(heads.mean(2)[:, 1:]).item())  # without the class token
     assert len(entropies) == 2
     assert generator_term("patch_entropy", scene).item() == pytest.approx(-sum(entropies) / 2, rel=1e-4)
+
+
+def test_total_variation_of_a_single_row(pair):
+    images = torch.tensor([[[[0.0, 2.0, 2.0]]]])
+    value = generator_term("total_variation", Scene(images, None, None, pair, Config()))
+    assert value.item() == pytest.approx(pair.spec.std[0] ** 2 * 2)
 
 
 def test_attention_consistency_mirrors_the_image(vit_pair):

@@ -203,3 +203,44 @@ def test_an_error_leaves_an_exact_save_as_it_is(tmp_path):
         distill(again, tiny_student(seed=8), out=tmp_path, resume=True, **options)
     resumed = distill(teacher, tiny_student(seed=9), out=tmp_path, resume=True, **options)
     assert same(state(resumed.student), state(whole.student))
+
+
+def test_a_part_of_the_users_own_that_cannot_be_saved_is_noted(tmp_path):
+    from torch import nn
+
+    from vitkd_fast.objectives import STUDENT_OBJECTIVES, Objective
+
+    class Remembering(nn.Module):
+        def __init__(self, pair):
+            super().__init__()
+
+        def forward(self, scene):
+            return (scene.student.logits - scene.teacher.logits).abs().mean()
+
+        def get_extra_state(self):
+            return {"key": lambda x: x}
+
+    STUDENT_OBJECTIVES["remembering"] = Objective("remembering", Remembering, frozenset())
+    try:
+        options = QUICK | OFTEN | {"student_objectives": {"remembering": 1.0}}
+        report = distill(tiny_teacher(), tiny_student(), out=tmp_path, **options).report
+    finally:
+        del STUDENT_OBJECTIVES["remembering"]
+    assert report.status == "completed"
+    assert [note for note in report.notes if note.startswith("the run could not be saved: ")]
+    assert not (tmp_path / SAVED).exists() and not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.parametrize("difference, told", [("normalisation", "student's images"), ("frozen", "weights that learn")])
+def test_another_student_of_the_same_size_is_refused(difference, told, tmp_path):
+    def other():
+        student = tiny_student()
+        if difference == "frozen":
+            next(student.parameters()).requires_grad_(False)
+        else:
+            student.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.1,), "std": (0.9,)}
+        return student
+
+    killed(at=8, folder=tmp_path)
+    with pytest.raises(ValueError, match=f"is of a run whose {told} was"):
+        distill(tiny_teacher(), other(), out=tmp_path, resume=True, **QUICK)

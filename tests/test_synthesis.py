@@ -223,7 +223,9 @@ def test_teacher_and_student_see_the_rolled_images(monkeypatch):
     seen = []
     look = made.pair.look
     monkeypatch.setattr(
-        made.pair, "look", lambda model, images, *rest: seen.append(images) or look(model, images, *rest)
+        made.pair,
+        "look",
+        lambda model, images, *rest, **more: seen.append(images) or look(model, images, *rest, **more),
     )
     made.round(0.0)
     assert len(seen) == 2
@@ -344,3 +346,40 @@ def test_pixels_stay_within_what_an_image_can_be():
 def test_a_deeper_teacher_is_dropped_on_its_last_block():
     made = make(vit(16, 3, seed=0), vit(8, 1, seed=1), method="smi")
     assert made.patches is not None and made.pair.followed[-1] == 2
+
+
+class Fixed(Pixels):
+    """A pretrained generator, of which nothing learns."""
+
+    def __init__(self, spec, settings):
+        super().__init__(spec, settings)
+        self.net = nn.Linear(settings.latent, SIZE * SIZE)
+        self.requires_grad_(False)
+
+    def forward(self, noise, labels=None):
+        return self.normalise(self.net(noise).sigmoid().view(-1, 1, SIZE, SIZE))
+
+    def restart(self):
+        pass
+
+
+def test_noise_can_learn_where_a_generator_cannot(monkeypatch):
+    monkeypatch.setitem(GENERATORS, "fixed", Fixed)
+    made = make(tiny_teacher(), tiny_student(), method="cmi", generator="fixed", restart="never")
+    assert made.learner is not None
+    made.round(0.0)
+    first = made.images
+    made.round(0.0)
+    assert made.images.std(0).max() > 0 and not torch.equal(first, made.images)
+    with pytest.raises(ValueError, match="learn_latent is True, but nothing says"):
+        make(tiny_teacher(), tiny_student(), method="best", generator="fixed", learn_latent=True)
+
+
+def test_several_generators_are_to_learn():
+    with pytest.raises(ValueError, match="several would make the same images"):
+        make(tiny_teacher(), tiny_student(), method="best", generators=2)
+
+
+def test_dropped_patches_have_no_mirror_image():
+    with pytest.raises(ValueError, match="attention_consistency compares all patches"):
+        make(*vits(), method="smi", generator_steps=20, generator_objectives={"attention_consistency": 1.0})

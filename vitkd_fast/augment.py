@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkd_fast.ops._precise import without_autocast
+
 SCALE = 0.7  # how much a turned image may also grow or shrink, for each radian that it may turn
 
 
@@ -32,7 +34,8 @@ def warped(
     cos, sin = angle.cos() * scale, angle.sin() * scale
     height, width = images.shape[-2:]
     matrix = torch.stack((cos, -sin * height / width, right, sin * width / height, cos, down), dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    with without_autocast(images.device):  # a grid in bfloat16 reads whole columns twice
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid.to(images.dtype), padding_mode=padding, align_corners=False)
 
 

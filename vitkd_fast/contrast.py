@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vitkd_fast.augment import warped
 from vitkd_fast.objectives import Scene, generator_objective
+from vitkd_fast.ops._precise import without_autocast
 from vitkd_fast.pair import Pair
 
 TEMPERATURE = 0.2
@@ -75,7 +76,8 @@ def info_nce(queries: Tensor, keys: Tensor) -> Tensor:
     −log exp(q_i·k_i / τ) / Σ_j exp(q_i·k_j / τ), van den Oord et al. 2018.
     """
     target = torch.arange(len(queries), device=queries.device)
-    return F.cross_entropy(queries @ keys.mT / TEMPERATURE, target)
+    with without_autocast(queries.device):
+        return F.cross_entropy(queries @ keys.mT / TEMPERATURE, target)
 
 
 def cropped(images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ the student still disagrees with the teacher, the student learns to agree on the
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,26 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
         raise ValueError(
             f"evaluate_every is {config.evaluate_every}, but there is nothing to measure on; give evaluate=."
         )
+    if config.evaluate_every and isinstance(evaluate, Iterator):
+        raise ValueError(
+            f"evaluate_every is {config.evaluate_every}, but evaluate is a {type(evaluate).__name__}, which can be "
+            f"gone through once; give a list or a DataLoader."
+        )
     device = default_device(config.device, teacher, student)
     memory = kept_between_steps() if device.type == "cpu" else contextlib.nullcontext()
     with memory, _random_kept(device):
-        torch.manual_seed(config.seed)
+        _seed(config.seed, device)
         loaded = task.load_teacher(teacher, config).to(device)
         with frozen(loaded):
             return _distill(loaded, student, evaluate, config, device)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Of what `_random_kept` restores; torch.manual_seed seeds every GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _random_kept(device: torch.device):
@@ -179,6 +192,8 @@ def _distill(
     except NonFiniteError as error:
         status, failure = "failed", error
     except Exception as error:
+        log.bar.close()
+        student.eval()
         # An earlier save is exact, one in the middle of a step is not.
         if (saves.there() or saves.save()) and hasattr(error, "add_note"):  # Python 3.11
             error.add_note(f"The run is saved; resume=True (--resume) goes on from {saves.path}")
@@ -207,15 +222,19 @@ def _distill(
         **figures,
     )
     if config.out is not None:
-        with torch.no_grad():
-            picture = pair.task.picture(pair, config, generator.sample(64))
-        if folder.finish(picture, report) and kept and status == "completed":
+        if folder.finish(lambda: _picture(pair, config, generator), report) and kept and status == "completed":
             saves.discard()
     if config.progress:
         print(report)
     if failure:
         raise failure
     return Result(student, generator, log.history, report)
+
+
+@torch.no_grad()
+def _picture(pair: Pair, config: Config, generator: Generator):
+    """A PIL image of what it makes."""
+    return pair.task.picture(pair, config, generator.sample(64))
 
 
 def _at_last(evaluated: Callable[[], dict[str, Any]], pair: Pair) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vitkd_fast import ops
 from vitkd_fast.objectives import Scene, generator_objective
 from vitkd_fast.ops.attention_consistency import HorizontalFlip
-from vitkd_fast.pair import Pair
+from vitkd_fast.pair import NO_WHOLE_PATCHES, Pair
 from vitkd_fast.student_objectives import discrepancy
 
 
@@ -78,8 +78,8 @@ def total_variation(scene: Scene) -> Tensor:
     """Mean squared difference of neighbouring pixels, down and across, in units of [0, 1] pixels."""
     squares = []  # with the deviations as numbers: as a tensor they would be copied to the device in every step
     for channel, std in zip(scene.images.float().unbind(1), scene.pair.spec.std, strict=True):
-        down, across = channel.diff(dim=-2), channel.diff(dim=-1)
-        squares.append(std**2 * (down.square().mean() + across.square().mean()))
+        steps = [channel.diff(dim=dim) for dim in (-2, -1) if channel.shape[dim] > 1]
+        squares.append(std**2 * sum((step.square().mean() for step in steps), channel.new_zeros(())))
     return torch.stack(squares).mean()
 
 
@@ -98,18 +98,27 @@ def patch_entropy(scene: Scene) -> Tensor:
 
 
 @generator_objective("attention")
-def attention_consistency(scene: Scene) -> Tensor:
+class attention_consistency(nn.Module):
     """How far the teacher's attention fails to follow an image that is mirrored; the last of its blocks.
 
-    L_attention of Habib et al. 2024 (arXiv 2408.05952), whose form is not published: this one is ours.
+    L_attention of Habib et al. 2024 (arXiv 2408.05952), whose form is not published: this one is ours. Off where the
+    patches of a mirrored image are not the mirrored patches.
     """
-    pair, flip = scene.pair, HorizontalFlip()
-    grid = pair.grid
-    assert grid is not None
-    mirrored = pair.look(pair.teacher, scene.images.flip(-1), frozenset({"attention"}))
-    return ops.attention_consistency(
-        scene.teacher.attention[-1], mirrored.attention[-1], flip, grid=grid, prefix_tokens=pair.prefix_tokens
-    )
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.off = None if pair.whole_patches else NO_WHOLE_PATCHES
+
+    def forward(self, scene: Scene) -> Tensor:
+        pair = scene.pair
+        mirrored = pair.look(pair.teacher, scene.images.flip(-1), frozenset({"attention"}), paired=False)
+        return ops.attention_consistency(
+            scene.teacher.attention[-1],
+            mirrored.attention[-1],
+            HorizontalFlip(),
+            grid=pair.grid,
+            prefix_tokens=pair.prefix_tokens,
+        )
 
 
 @generator_objective()

@@ -42,7 +42,11 @@ def same_places(student: Layout, teacher: Layout) -> bool:
     """Whether token n of the one is what token n of the other is; taken on trust where a grid is not known."""
     if student.grid is None or teacher.grid is None:
         return student.count == teacher.count
-    return (student.prefix, student.grid) == (teacher.prefix, teacher.grid)
+    return student.grid == teacher.grid and _same_prefix(student, teacher)
+
+
+def _same_prefix(student: Layout, teacher: Layout) -> bool:
+    return (student.prefix, student.has_class) == (teacher.prefix, teacher.has_class)
 
 
 def why_not_aligned(student: Layout, teacher: Layout, *, resize: bool) -> str | None:
@@ -59,12 +63,13 @@ def why_not_aligned(student: Layout, teacher: Layout, *, resize: bool) -> str | 
 def align(student: Tensor, teacher: Tensor, of_student: Layout, of_teacher: Layout) -> tuple[Tensor, Tensor]:
     """What both have of (B, N, …): prefix tokens, and the patches on the teacher's grid.
 
-    Prefix tokens are paired where there are equally many, else class token with class token if both have one. Patches
-    on another grid are resized bilinearly, which (B, N, D) tokens can be and packed qkv cannot.
+    Prefix tokens are paired where there are equally many, with a class token or without, else class token with class
+    token if both have one. Patches on another grid are resized bilinearly, which (B, N, D) tokens can be and packed qkv
+    cannot.
     """
     if same_places(of_student, of_teacher):
         return student, teacher
-    if of_student.prefix == of_teacher.prefix:
+    if _same_prefix(of_student, of_teacher):
         paired = of_teacher.prefix
     else:
         paired = int(of_student.has_class and of_teacher.has_class)

@@ -183,6 +183,12 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
+def digest_of_learning(model: nn.Module) -> str:
+    """Of the names and shapes of the weights that learn: 8 hexadecimal digits."""
+    learning = [f"{name} {tuple(w.shape)}" for name, w in model.named_parameters() if w.requires_grad]
+    return hashlib.sha256("\n".join(learning).encode()).hexdigest()[:8]
+
+
 @contextmanager
 def frozen(*models: nn.Module) -> Iterator[None]:
     """Eval mode and no weight gradients inside; each submodule's mode and each weight's requires_grad come back after.

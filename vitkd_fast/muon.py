@@ -35,7 +35,8 @@ class Muon:
             momentum.copy_(torch.where(skipped, momentum, momentum.lerp(gradient, 1 - MOMENTUM)))
             direction = orthogonalised(_matrices(gradient.lerp(momentum, MOMENTUM)))
             length = ROOT_MEAN_SQUARE * max(direction.shape[-2:]) ** 0.5
-            torch._foreach_mul_(stack, 1 - rate * self.weight_decay)
+            if decaying := [weight for weight in stack if weight.grad is not None]:
+                torch._foreach_mul_(decaying, 1 - rate * self.weight_decay)
             torch._foreach_sub_(stack, (direction * (rate * length)).reshape(momentum.shape).unbind())
 
 

@@ -20,6 +20,7 @@ from vitkd_fast.tasks import Classification, task_of
 
 Role = Literal["teacher", "student"]
 TAPPED: dict[str, What] = {"blocks": "tokens", "attention": "qkv"}  # what an objective needs -> what taps record
+NO_WHOLE_PATCHES = "the teacher's images are not a whole number of patches"
 NO_GRID = "the teacher does not say its grid of patches, as timm's ViTs do in patch_embed.grid_size"
 
 
@@ -61,6 +62,16 @@ class Pair:
             raise ValueError(NO_GRID)
         return layout.grid
 
+    @property
+    def whole_patches(self) -> bool:
+        """Whether the teacher's patches cover its images, with nothing left at the edges."""
+        sides = self.spec.height, self.spec.width
+        size = getattr(getattr(self.teacher, "patch_embed", None), "patch_size", None)
+        if size is None:
+            return all(side % patches == 0 for side, patches in zip(sides, self.grid))
+        size = (size, size) if isinstance(size, int) else size
+        return all(side == patches * of for side, patches, of in zip(sides, self.grid, size))
+
     @cached_property
     def layouts(self) -> dict[Role, Layout | None]:
         """Of the last tokens."""
@@ -100,24 +111,26 @@ class Pair:
         assert followed is not None
         if student and own and (reason := why_not_aligned(own, followed, resize="attention" not in needs)):
             return reason
+        if student and getattr(getattr(self.student, "patch_drop", None), "prob", None):
+            return "the student drops patches while it trains (patch_drop_rate)"
         for need, what in TAPPED.items():
             for role in roles:
                 if need in needs and (reason := self._why_untappable(role, what)):
                     return f"the {role} cannot be tapped: {reason}"
         return NO_GRID if "attention" in needs and not student and followed.grid is None else None
 
-    def look(self, model: nn.Module, images: Tensor, needs: Collection[str] = ()) -> View:
+    def look(self, model: nn.Module, images: Tensor, needs: Collection[str] = (), *, paired: bool = True) -> View:
         """What teacher or student makes of (B, C, H, W) images, with as much of its inside as `needs` asks for.
 
-        The images are as the teacher takes them, for both. The blocks of the teacher are those that the student's
-        follow, one for each.
+        The images are as the teacher takes them, for both. The blocks of the teacher are, if `paired`, those that the
+        student's follow, one for each; else all.
         """
         if model is self.student:
             images = self.convert(images)
         what = [tapped for need, tapped in TAPPED.items() if need in needs]
         if not what:
             return self.task.look(model, images)
-        chosen = range(depth(self.student)) if model is self.student else self.followed
+        chosen = self.followed if paired and model is self.teacher else range(depth(model))
         with taps(model, sorted(set(chosen)), what) as tapped:
             seen = self.task.look(model, images)
         return replace(
@@ -156,6 +169,7 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
         raise TypeError(f"student is a {type(student).__name__}; accepted: an nn.Module, or the name of a model.")
     else:
         name, own_spec = type(student).__name__, student_image_spec(student, teacher, spec)
+    check_apart(teacher, student)
     student = student.to(device)
     student_classes, student_tokens = probe(student, own_spec, device, "student", task)
     if student_classes != classes:
@@ -185,6 +199,18 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
         notes=notes,
         task=task,
     )
+
+
+def check_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a student with a part of the teacher in it, which would be frozen and in train mode at once.
+
+    Raises:
+        ValueError: they share a weight or a buffer.
+    """
+    of_teacher = {id(part) for part in (*teacher.parameters(), *teacher.buffers())}
+    for name, part in (*student.named_parameters(), *student.named_buffers()):
+        if id(part) in of_teacher:
+            raise ValueError(f"the student's {name} is the teacher's own; give it a copy, of copy.deepcopy(…).")
 
 
 def resolved(config: Config, pair: Pair, device: torch.device) -> Config:

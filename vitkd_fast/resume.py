@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any, Protocol
 import torch
 
 from vitkd_fast.config import Config
-from vitkd_fast.models import digest
+from vitkd_fast.models import digest, digest_of_learning
 from vitkd_fast.pair import Pair
 from vitkd_fast.run import SAVED
 
-FAILURES = (OSError, RuntimeError, pickle.UnpicklingError)  # of a full disk torch's writer says RuntimeError
 DRAFT = ".new"  # what a save is called until all of it is written
 FREE = (  # settings that may change on the way: no step depends on them
     *("out", "overwrite", "resume", "save_minutes", "progress", "log_every", "evaluate_every", "max_skipped"),
@@ -90,10 +88,10 @@ class Saves:
             torch.save(content, draft)
             self._prove(draft)
             os.replace(draft, self.path)
-        except FAILURES as error:
+        except Exception as error:  # a full disk; but also what pickle says of a part of the user's own
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-            note = f"the run could not be saved: {str(error).splitlines()[0]}"
+            note = f"the run could not be saved: {(str(error) or type(error).__name__).splitlines()[0]}"
             if note not in self.pair.notes:
                 self.pair.notes.append(note)
             return False
@@ -124,6 +122,8 @@ class Saves:
             self.identity = settings | {
                 "teacher": f"{facts[0].name} with weights {digest(self.pair.teacher)}",
                 "student": f"{facts[1].name} with {facts[1].parameters:,} parameters",
+                "student's images": str(self.pair.convert.student),
+                "weights that learn": digest_of_learning(self.pair.student),
             }
         return self.identity
 

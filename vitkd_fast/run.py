@@ -76,11 +76,14 @@ class RunFolder:
         """Save the student. Whether it is saved; if it cannot be, a warning says why, and nothing ends."""
         return self.folder is not None and self._written(self._write_student, student)
 
-    def finish(self, picture: Any, report: Report) -> bool:
-        """Save a PIL image of what was generated, then the report: the mark of a finished run. Whether they are."""
+    def finish(self, picture: Callable[[], Any], report: Report) -> bool:
+        """Save the PIL image that `picture` makes, then the report: the mark of a finished run. Whether that is."""
         if self.metrics:
             self.metrics.close()
-        return self.folder is not None and self._written(self._write_report, picture, report)
+        if self.folder is None:
+            return False
+        self._written(self._write_picture, picture)
+        return self._written(self._write_report, report)
 
     def _written(self, write: Callable, *what: Any) -> bool:
         try:
@@ -100,8 +103,10 @@ class RunFolder:
 
         save_model(student, str(folder / "student.safetensors"))
 
-    def _write_report(self, folder: Path, picture: Any, report: Report) -> None:
-        picture.save(folder / "images.png")
+    def _write_picture(self, folder: Path, picture: Callable[[], Any]) -> None:
+        picture().save(folder / "images.png")
+
+    def _write_report(self, folder: Path, report: Report) -> None:
         self._write_json("report.json", report.to_dict())
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_fast.pair import Pair
+from vitkd_fast.ops._precise import without_autocast
+from vitkd_fast.pair import NO_WHOLE_PATCHES, Pair
 
 DROPPINGS = 4
 LEAST = 4  # patches: of fewer, an image has no parts left that could be seen together
@@ -47,9 +48,7 @@ class LivePatches:
         rows, columns = pair.grid
         if rows * columns <= LEAST:
             return f"the teacher's images have {rows * columns} patches, and {LEAST} are always kept"
-        if pair.spec.height % rows or pair.spec.width % columns:
-            return "the teacher's images are not a whole number of patches"
-        return None
+        return None if pair.whole_patches else NO_WHOLE_PATCHES
 
     def begin(self) -> None:
         """All patches of the next round's images are live."""
@@ -88,7 +87,9 @@ class LivePatches:
     def drop(self, qkv: Tensor, step: int, steps: int) -> None:
         """Keep the most attended of the live patches; qkv (B, N, 3, H, D) is the teacher's last, of the same step."""
         self.stage = self._stage_of(step, steps)
-        attended = class_attention(qkv, self.pair.prefix_tokens)  # (B, live)
+        layout = self.pair.layouts["teacher"]
+        assert layout is not None
+        attended = class_attention(qkv, layout.prefix, layout.has_class)  # (B, live)
         kept = attended.topk(min(self.counts[self.stage], attended.shape[1]), dim=1).indices
         self.live = kept if self.live is None else self.live.gather(1, kept)
 
@@ -97,11 +98,12 @@ class LivePatches:
 
 
 @torch.no_grad()
-def class_attention(qkv: Tensor, prefix_tokens: int) -> Tensor:
+def class_attention(qkv: Tensor, prefix_tokens: int, has_class: bool) -> Tensor:
     """Share of the class token's attention that each patch gets, mean over the heads, (B, patches).
 
     Without a class token, the mean over all tokens' attention.
     """
-    queries, keys = qkv[:, : 1 if prefix_tokens else None, 0].float(), qkv[:, :, 1].float()
-    scores = queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1) * qkv.shape[-1] ** -0.5  # (B, H, queries, N)
+    queries, keys = qkv[:, : 1 if has_class else None, 0].float(), qkv[:, :, 1].float()
+    with without_autocast(qkv.device):
+        scores = queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1) * qkv.shape[-1] ** -0.5  # (B, H, queries, N)
     return scores.softmax(-1).mean((1, 2))[:, prefix_tokens:]

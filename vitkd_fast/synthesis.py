@@ -40,7 +40,7 @@ class Synthesis:
         made = [kind(pair.spec, settings) for _ in range(config.generators)]
         self.generator: Generator = (made[0] if config.generators == 1 else Several(made)).to(pair.device)
         self.pool = ReplayPool(config.pool, self.generator, pair.classes if config.balanced else 0)
-        self.patches = _patches(pair, config)
+        self.patches = _patches(pair, terms, config)
         self.latent = nn.Parameter(torch.zeros(config.batch_size, config.latent, device=pair.device))
         learns = [self.generator, self.terms.modules]
         learns += [nn.ParameterList([self.latent])] if config.learn_latent else []
@@ -155,7 +155,7 @@ class Synthesis:
             if "student" in needs:
                 student = pair.look(pair.student, images)
             with self._watching():
-                teacher = pair.look(pair.teacher, images, needs | {"attention"} if dropping else needs)
+                teacher = pair.look(pair.teacher, images, needs | {"attention"} if dropping else needs, paired=False)
             loss, values = self.terms(Scene(images, teacher, student, pair, config, labels, noise))
             if dropping:
                 self.patches.drop(teacher.attention[-1], step, config.generator_steps)  # type: ignore[union-attr]
@@ -269,7 +269,17 @@ def _check(config: Config) -> None:
 def _check_learning(generator: Generator, terms: Terms, config: Config) -> None:
     """A generator that can learn has something to minimise, and one that cannot has not."""
     learns = any(weight.requires_grad for weight in generator.parameters())
-    if terms.names and not learns:
+    if config.learn_latent and not terms.names:
+        raise ValueError(
+            f"learn_latent is True, but nothing says what noise is good under method {config.method!r}; give "
+            f"generator_objectives, or set learn_latent=False."
+        )
+    if config.generators > 1 and not learns:
+        raise ValueError(
+            f"generators is {config.generators}, and generator {config.generator!r} has nothing to learn: several "
+            f"would make the same images; set generators=1."
+        )
+    if terms.names and not learns and not config.learn_latent:
         raise ValueError(
             f"generator {config.generator!r} has nothing to learn, so generator_objectives {', '.join(terms.names)} "
             f"would do nothing; leave them out, or choose another generator, such as 'convolutional'."
@@ -281,9 +291,14 @@ def _check_learning(generator: Generator, terms: Terms, config: Config) -> None:
         )
 
 
-def _patches(pair: Pair, config: Config) -> LivePatches | None:
+def _patches(pair: Pair, terms: Terms, config: Config) -> LivePatches | None:
     if config.keep_patches == 1:
         return None
+    if "attention_consistency" in terms.names:
+        raise ValueError(
+            f"keep_patches is {config.keep_patches}, and attention_consistency compares all patches of an image with "
+            f"those of its mirror image: set keep_patches=1 or leave it out."
+        )
     missing = LivePatches.missing(pair)
     if missing is not None:
         pair.notes.append(f"keep_patches is off: {missing}")

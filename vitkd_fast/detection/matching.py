@@ -8,6 +8,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from vitkd_fast.detection.objects import corners_of
 from vitkd_fast.objectives import View
+from vitkd_fast.ops._precise import without_autocast
 
 CLASS, L1, GIOU = 1.0, 5.0, 2.0  # what a wrong class, a distance of boxes and a lack of overlap cost (Carion et al.)
 SEEN = 0.05  # a query of the teacher that is less sure of an object than this is not looked for
@@ -69,7 +70,8 @@ def match(student: View, wanted: Wanted) -> Matched:
 
 def costs(classes: Tensor, boxes: Tensor, wanted: Wanted) -> Tensor:
     """(B, Q, M) what it costs to let a query of these (B, Q, …) probabilities and boxes answer for an object."""
-    of_class = -torch.einsum("bqc,bmc->bqm", classes[..., :-1], wanted.classes[..., :-1])
+    with without_autocast(classes.device):
+        of_class = -torch.einsum("bqc,bmc->bqm", classes[..., :-1], wanted.classes[..., :-1])
     of_place = torch.cdist(boxes, wanted.boxes, p=1)
     of_overlap = 1 - pairwise_giou(boxes, wanted.boxes)
     return CLASS * of_class + L1 * of_place + GIOU * of_overlap

@@ -70,7 +70,8 @@ def unlike(scene: Scene) -> Tensor:
 
 @generator_objective("boxes")
 def sure(scene: Scene) -> Tensor:
-    """Entropy in nats of what the teacher's surest queries find: that it sees things, and knows which."""
+    """Minus the log of the likeliest class of what the teacher's surest queries find, in nats: that it sees things, and
+    knows which."""
     wanted = wanted_by(scene.teacher, ASKED)
     surest = wanted.classes[..., :-1].amax(-1)
     return -torch.log(surest.clamp_min(torch.finfo(surest.dtype).tiny)).mean()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd_fast.generator import Generator, register
+from vitkd_fast.ops._precise import without_autocast
 from vitkd_fast.procedural import Canvas, drawn
 
 THINGS = 6  # on a scene, at most
@@ -67,5 +68,6 @@ def placed(cover: Tensor, height: int, width: int) -> Tensor:
     right, down = ((2 * torch.rand(count, 2, device=device) - 1) * (1 - share)).unbind(1)
     zero = torch.zeros_like(right)
     matrix = torch.stack((1 / across, zero, -right / across, zero, 1 / along, -down / along), 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, [count, 1, height, width], align_corners=False)
+    with without_autocast(device):
+        grid = F.affine_grid(matrix, [count, 1, height, width], align_corners=False)
     return F.grid_sample(cover, grid, align_corners=False)
