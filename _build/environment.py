@@ -56,7 +56,7 @@ def runtime_requirements() -> list[str]:
         "safetensors>=0.4",
         "scikit-learn>=1.3",
         "tqdm>=4.64",
-        "tyro>=0.9",
+        "tyro>=0.9.1",
     ]
     site_packages = Path(sysconfig.get_path("purelib"))
     # pip beside it: a person's environment, not a throw-away one made for this build

@@ -21,7 +21,8 @@ def _watch(event, arguments):
         return
     if event == "open":
         path, mode, _ = arguments
-        if not (isinstance(path, str | bytes | Path) and str(path).endswith(ON_DISK)) and "w" not in (mode or ""):
+        reads = not {"w", "a"} & set(mode or "")
+        if reads and not (isinstance(path, str | bytes | Path) and str(path).endswith(ON_DISK)):
             raise TouchedError(f"open {path!r}")
     elif event in ("socket.connect", "subprocess.Popen"):
         raise TouchedError(event)

@@ -65,8 +65,9 @@ def test_demo_hands_on_what_is_said(monkeypatch, module):
     assert (given["progress"], given["steps"]) == (True, 7)
 
 
-def test_flags_are_the_fields_of_a_config(monkeypatch):
+def test_flags_are_the_fields_of_a_config(monkeypatch, tmp_path):
     given = {}
+    (tmp_path / "student.safetensors").touch()
 
     def recorded(teacher, student, **options):
         given.update(options)
@@ -74,16 +75,16 @@ def test_flags_are_the_fields_of_a_config(monkeypatch):
 
     # vitkd_fast.distill is the function; its module has the same name
     monkeypatch.setattr(importlib.import_module("vitkd_fast.distill"), "distill", recorded)
-    names = ("distill", "--teacher", "a", "--student", "b", "--out", "runs/b")
+    names = ("distill", "--teacher", "a", "--student", "b", "--out", str(tmp_path))
     cli.main(
         [*names, "--method", "dafl", "--generator-objectives", "total-variation=0.1", "one_hot=0", "--shift", "0.25"]
     )
     assert given.pop("evaluate") is None
     weights = {"one_hot": 0, "total_variation": 0.1}
-    assert Config(**given) == Config(method="dafl", shift=0.25, generator_objectives=weights, out="runs/b")
+    assert Config(**given) == Config(method="dafl", shift=0.25, generator_objectives=weights, out=tmp_path)
     cli.main([*names, "--student-objectives", "tokens=0.5", "--learn-latent"])
     given.pop("evaluate")
-    assert Config(**given) == Config(student_objectives={"tokens": 0.5}, learn_latent=True, out="runs/b")
+    assert Config(**given) == Config(student_objectives={"tokens": 0.5}, learn_latent=True, out=tmp_path)
 
 
 def test_methods_says_what_each_is(capsys):

@@ -1,5 +1,6 @@
 """The demo, shortened: its data, its models, its figures. The real figures need its real number of steps."""
 
+import importlib
 import json
 
 import pytest
@@ -51,3 +52,17 @@ def test_figures_are_measured_and_written(tmp_path, monkeypatch, capsys):
     assert report["student"]["parameters"] == written["student_params"]
     text = capsys.readouterr().out
     assert f"{100 * figures.noise_accuracy:.1f} %" in text and "same student on noise" in text
+
+
+@pytest.mark.parametrize("module", ["vitkd_fast.demo", "vitkd_fast.detection.demo"])
+def test_what_would_be_refused_is_refused_before_anything_is_trained(module, tmp_path):
+    demo = importlib.import_module(module).demo
+    (tmp_path / "config.json").write_text('{"my": "settings"}')
+    for options, message in (
+        ({"steps": 0}, "steps is 0"),
+        ({"out": tmp_path}, "holds config.json"),
+        ({"json": tmp_path}, "directory"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            demo(progress=False, **options)
+    assert (tmp_path / "config.json").read_text() == '{"my": "settings"}'

@@ -113,7 +113,10 @@ def test_every_method_stays_on_the_device(pretend, networks, method):
 @pytest.mark.parametrize("generators", [1, 3])
 @pytest.mark.parametrize("generator", sorted(GENERATORS))
 def test_every_generator_stays_on_the_device(pretend, generator, generators):
-    learns = {"disagreement": 0.0} if generator in ("noise", "procedural", "scenes") else {"disagreement": 1.0}
+    if generator in ("noise", "procedural", "scenes"):
+        learns, generators = {"disagreement": 0.0}, 1
+    else:
+        learns = {"disagreement": 1.0}
     options = {"generator": generator, "generators": generators, "generator_objectives": learns}
     assert_stays(pretend, tiny(), method="dfad", conditional=True, replay=0.5, **options)
 

@@ -475,3 +475,42 @@ def test_a_student_of_one_block_has_no_blocks_to_compare():
     asked = {"blocks": 1.0, "tokens": 0.0, "logits": 0.0}
     with pytest.raises(ValueError, match=r"nothing to minimise.*blocks is off: the student has one block"):
         distill(teacher, student, steps=3, student_objectives=asked, **QUICK)
+
+
+def test_gradients_that_the_caller_has_switched_off():
+    for without in (torch.no_grad, torch.inference_mode):
+        teacher, student = tiny_teacher(), tiny_student()
+        with without():
+            assert distill(teacher, student, steps=2, **QUICK).report.status == "completed"
+
+
+def test_a_teacher_is_not_its_own_student():
+    teacher = tiny_teacher()
+    with pytest.raises(ValueError, match="teacher and student are the same module"):
+        distill(teacher, teacher, steps=2, **QUICK)
+
+
+def test_another_default_dtype_is_refused():
+    teacher, student = tiny_teacher(), tiny_student()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match="set_default_dtype"):
+            distill(teacher, student, steps=2, **QUICK)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_report_that_nobody_reads_loses_nothing(monkeypatch):
+    import builtins
+
+    def broken(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(builtins, "print", broken)
+    assert distill(tiny_teacher(), tiny_student(), steps=2, **{**QUICK, "progress": True}).report.steps == 2
+
+
+def test_a_traced_student_is_a_student():
+    student = torch.jit.trace(tiny_student().eval(), torch.zeros(2, 1, SIZE, SIZE))
+    result = distill(tiny_teacher(), student, steps=2, accelerate=False, **QUICK)
+    assert result.report.status == "completed"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from vitkd_fast import evaluate as evaluation
 from vitkd_fast.evaluate import check, evaluate_pair, tried
 from vitkd_fast.generator import ImageSpec
 
@@ -41,12 +42,10 @@ def test_a_folder_of_images_is_normalised_as_the_teacher_wants(tmp_path):
     pytest.importorskip("torchvision")
     from PIL import Image
 
-    from vitkd_fast.evaluate import image_folder
-
     for label, level in (("cat", 0), ("dog", 255)):
         (tmp_path / label).mkdir()
         Image.new("RGB", (8, 6), (level,) * 3).save(tmp_path / label / "1.png")
-    ((images, labels),) = image_folder(tmp_path, SPEC)
+    ((images, labels),) = evaluation.image_folder(tmp_path, SPEC)
     assert images.shape == (2, 3, 4, 4) and labels.tolist() == [0, 1]
     assert (images[0] == -1).all() and (images[1] == 1).all()
 
@@ -111,3 +110,19 @@ def test_a_stream_behind_a_loader_keeps_its_first_batch():
 
     data = tried(Fixed(0), torch.utils.data.DataLoader(Stream()), SPEC, CPU)
     assert len(list(data)) == 2
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (16, 16), (17, 40)])
+@pytest.mark.parametrize("photograph", [(50, 50), (120, 40), (30, 90)])
+def test_photographs_cover_the_teachers_images(size, photograph, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "a").mkdir()
+    Image.new("L", photograph, 255).save(tmp_path / "a" / "white.png")
+    ((images, _),) = evaluation.image_folder(tmp_path, ImageSpec(*size, (0.0,), (1.0,)))
+    assert images.shape == (1, 1, *size) and images.min() > 0.99
+
+
+def test_a_folder_without_classes_is_refused_before_the_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no subfolders"):
+        evaluation.check(tmp_path)

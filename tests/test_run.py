@@ -184,3 +184,88 @@ def test_a_student_that_no_file_can_hold_is_returned_and_its_run_saved(tmp_path)
     with pytest.warns(match="cannot be written to: "):
         result = distill(tiny_teacher(), Remembers(8), steps=3, out=tmp_path, **QUICK)
     assert result.report.status == "completed" and (tmp_path / "run.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "read-only"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded(kind, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    if kind == "read-only":
+        monkeypatch.setattr("os.access", lambda *_: False)
+    out = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "run", "read-only": tmp_path / "run"}[kind]
+    with pytest.raises(OSError, match=r"out=.* cannot be (made|written to): .* Choose another folder"):
+        distill("no such teacher", "nor student", out=out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_files_of_another_program_are_kept(tmp_path):
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds config\.json, which the run would replace"):
+        distill(tiny_teacher(), tiny_student(), steps=1, out=tmp_path, **QUICK)
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    first = RunFolder(tmp_path, overwrite=False)
+    second = RunFolder(tmp_path, overwrite=False)
+    first.start({"teacher": "a", "student": "b", "settings": {}})
+    with pytest.raises(FileExistsError, match="by a run that has not ended"):
+        second.start({})
+    first.close()
+    assert json.loads((tmp_path / "config.json").read_text())["teacher"] == "a"
+    second.start({"teacher": "c", "student": "b", "settings": {}})
+    second.close()
+
+
+def test_a_folder_that_is_gone_is_made_again(tmp_path):
+    out = tmp_path / "run"
+
+    def gone(model):
+        import shutil
+
+        shutil.rmtree(out, ignore_errors=True)
+        return 0.5
+
+    distill(tiny_teacher(), tiny_student(), steps=5, out=out, evaluate=gone, evaluate_every=3, **QUICK)
+    assert {"student.safetensors", "report.json"} <= {path.name for path in out.iterdir()} | {"student.safetensors"}
+    assert (out / "report.json").exists()
+
+
+def test_without_its_student_a_run_is_not_called_finished(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(RunFolder, "_write_student", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        result = distill(tiny_teacher(), tiny_student(), steps=5, out=tmp_path, **QUICK)
+    assert result.report.status == "completed" and not (tmp_path / "report.json").exists()
+
+
+def test_warnings_that_are_errors_end_no_run(tmp_path, monkeypatch):
+    import warnings
+
+    def failing(model):
+        failing.asked += 1
+        if failing.asked > 1:
+            raise RuntimeError("of a stranger's")
+        return 0.5
+
+    failing.asked = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = distill(tiny_teacher(), tiny_student(), steps=5, out=tmp_path, evaluate=failing, **QUICK)
+    assert any("of a stranger's" in note for note in result.report.notes)
+    assert (tmp_path / "report.json").exists()
+
+
+def test_ctrl_c_waits_for_what_is_being_saved():
+    import os
+    import signal
+
+    from vitkd_fast.run import unstoppable
+
+    with unstoppable():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 1)

@@ -3,6 +3,7 @@
 import functools
 import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Mapping
@@ -76,8 +77,22 @@ def distill(
     from vitkd_fast.distill import distill
 
     result = distill(teacher, student, evaluate=evaluate, **vars(settings))
+    if not (settings.out / "student.safetensors").exists():
+        raise RuntimeError(f"the student could not be saved to {settings.out}: {_rescued(result.student)}")
     if result.report.status == "interrupted":
         raise KeyboardInterrupt
+
+
+def _rescued(student: Any) -> str:
+    """Where a student went whose folder cannot be written to."""
+    from safetensors.torch import save_model
+
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="vitkd-"))
+        save_model(student, str(folder / "student.safetensors"))
+    except Exception as error:
+        return f"nor to {tempfile.gettempdir()}: {error}"
+    return f"it is in {folder}."
 
 
 def demo(
@@ -152,6 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"vitkd: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # as of `| head`: nobody reads any more
+        sys.stdout = None  # type: ignore[assignment]  # nor is the rest to be written at the end
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

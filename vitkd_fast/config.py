@@ -210,7 +210,8 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: _integer(value) and value >= 1,
         "an integer of at least 1",
     ),
-    ("seed life max_skipped evaluate_every", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
+    ("life max_skipped evaluate_every", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
+    ("seed", lambda value: _integer(value) and 0 <= value < 1 << 63, "an integer from 0 up to 2^63"),
     (
         "weight_decay clip save_minutes",
         lambda value: _number(value) and value >= 0,
@@ -228,7 +229,7 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: _number(value) and 0 < value <= 1,
         "a share above 0, up to 1",
     ),
-    ("turn", lambda value: _number(value) and 0 <= value <= 1.5, "radians from 0 to 1.5"),
+    ("turn", lambda value: _number(value) and 0 <= value <= 1.4, "radians from 0 to 1.4"),
     ("replay shift jitter", lambda value: _number(value) and 0 <= value < 1, "a share from 0 up to, not including, 1"),
     ("student_loss disagreement", KINDS.__contains__, ", ".join(KINDS)),
     ("restart", ("never", "round", "meta", "noise").__contains__, "never, round, meta, noise"),
@@ -245,8 +246,10 @@ _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("device", lambda value: value is None or isinstance(value, str), "None, or a name such as cpu, cuda, cuda:0"),
     (
         "image_size",
-        lambda value: value is None or (_numbers(value) and len(value) == 2 and all(map(_integer, value))),
-        "None, or (height, width)",
+        lambda value: (
+            value is None or (_numbers(value) and len(value) == 2 and all(map(_integer, value)) and min(value) > 0)
+        ),
+        "None, or (height, width) above 0",
     ),
     ("channels", lambda value: value is None or (_integer(value) and value >= 1), "None, or an integer of at least 1"),
     ("mean", lambda value: value is None or _numbers(value), "None, or a number for each channel"),

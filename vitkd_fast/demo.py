@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd_fast.augment import warped
+from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.evaluate import accuracy
 from vitkd_fast.guard import GuardedOptimizer
 from vitkd_fast.report import percent
+from vitkd_fast.run import RunFolder
 
 TEACHER = {"embed_dim": 64, "depth": 5, "num_heads": 4}  # 252 thousand weights
 STUDENT = {"embed_dim": 28, "depth": 4, "num_heads": 4}  # 40 thousand
@@ -64,6 +66,7 @@ def demo(
     """
     start = time.perf_counter()
     say = print if progress else lambda *_: None
+    replaces = ready(steps, json, out)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         (images, labels), held = digits()
@@ -81,7 +84,7 @@ def demo(
             seed=seed,
             evaluate=[held],
             out=out,
-            overwrite=True,
+            overwrite=replaces,
             progress=progress,
         )
         if result.report.status == "interrupted":
@@ -100,11 +103,21 @@ def demo(
         seed=seed,
         steps=steps,
     )
+    say(f"\n{figures}")
+    if json is not None:
+        json.write_text(jsonlib.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def ready(steps: int, json: Path | None, out: Path | None) -> bool:
+    """Refuse, before anything is trained, what would be refused after; whether `out` has a finished run to replace."""
+    Config(steps=steps)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(jsonlib.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
-    say(f"\n{figures}")
-    return figures
+        json.open("a", encoding="utf-8").close()
+    finished = out is not None and (out / "report.json").exists()
+    RunFolder(out, overwrite=finished)
+    return finished
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

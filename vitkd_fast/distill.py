@@ -5,7 +5,6 @@ the student still disagrees with the teacher, the student learns to agree on the
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scen
 from vitkd_fast.pair import Pair, make_pair, resolved
 from vitkd_fast.report import Report, versions
 from vitkd_fast.resume import Saves
-from vitkd_fast.run import Log, RunFolder
+from vitkd_fast.run import Log, RunFolder, unstoppable, warn
 from vitkd_fast.suggest import suggestion
 from vitkd_fast.synthesis import Synthesis
 from vitkd_fast.tasks import task_of
@@ -89,13 +88,18 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
             f"evaluate_every is {config.evaluate_every}, but evaluate is a {type(evaluate).__name__}, which can be "
             f"gone through once; give a list or a DataLoader."
         )
+    if teacher is student and isinstance(teacher, nn.Module):
+        raise ValueError("teacher and student are the same module; the student is to be another, or a copy of it.")
+    if torch.get_default_dtype() is not torch.float32:
+        raise ValueError(f"the default dtype is {torch.get_default_dtype()}; set_default_dtype(torch.float32) first.")
+    folder = RunFolder(config.out, config.overwrite, config.resume)
     device = default_device(config.device, teacher, student)
     memory = kept_between_steps() if device.type == "cpu" else contextlib.nullcontext()
-    with memory, _random_kept(device):
+    with memory, _random_kept(device), torch.inference_mode(False), torch.enable_grad():
         _seed(config.seed, device)
         loaded = task.load_teacher(teacher, config).to(device)
         with frozen(loaded):
-            return _distill(loaded, student, evaluate, config, device)
+            return _distill(loaded, student, evaluate, config, device, folder)
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -123,8 +127,8 @@ def _distill(
     evaluate: Any,
     config: Config,
     device: torch.device,
+    folder: RunFolder,
 ) -> Result:
-    folder = RunFolder(config.out, config.overwrite, config.resume)
     pair = make_pair(teacher, student, config, device)
     student = pair.student
     with _random_kept(device):
@@ -187,12 +191,15 @@ def _distill(
             saves.step()
     except KeyboardInterrupt:
         status = "interrupted"
-        if saves.save():
+        with unstoppable():
+            saved = saves.save()
+        if saved:
             pair.notes.append(f"stopped; resume=True (--resume) goes on from {saves.path}")
     except NonFiniteError as error:
         status, failure = "failed", error
     except Exception as error:
         log.bar.close()
+        folder.close()
         student.eval()
         # An earlier save is exact, one in the middle of a step is not.
         if (saves.there() or saves.save()) and hasattr(error, "add_note"):  # Python 3.11
@@ -202,9 +209,10 @@ def _distill(
     log.close()
 
     student.eval()
-    kept = folder.keep(student)  # before anything else can go wrong
-    if not kept:
-        saves.save()
+    with unstoppable():
+        kept = folder.keep(student)  # before anything else can go wrong
+        if not kept:
+            saves.save()
     figures = _at_last(evaluated, pair)
     generator = synthesis.generator.eval()
     report = Report(
@@ -221,11 +229,13 @@ def _distill(
         versions=versions(device),
         **figures,
     )
-    if config.out is not None:
-        if folder.finish(lambda: _picture(pair, config, generator), report) and kept and status == "completed":
+    if kept:  # a report is the mark of a finished run, which has a student
+        if folder.finish(lambda: _picture(pair, config, generator), report) and status == "completed":
             saves.discard()
+    folder.close()
     if config.progress:
-        print(report)
+        with contextlib.suppress(OSError, UnicodeError):  # nobody reads, or no such characters
+            print(report, flush=True)
     if failure:
         raise failure
     return Result(student, generator, log.history, report)
@@ -245,5 +255,5 @@ def _at_last(evaluated: Callable[[], dict[str, Any]], pair: Pair) -> dict[str, A
         pair.notes.append("the evaluation at the end was interrupted")
     except Exception as error:
         pair.notes.append(f"the evaluation at the end failed: {type(error).__name__}: {error}")
-        warnings.warn(f"The student is trained, but {pair.notes[-1]}", stacklevel=4)
+        warn(f"The student is trained, but {pair.notes[-1]}")
     return {}

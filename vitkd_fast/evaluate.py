@@ -52,6 +52,8 @@ def check(data: object) -> None:
             raise FileNotFoundError(
                 f"evaluate is {str(data)!r}, not a folder; it needs one subfolder of images per class."
             )
+        if not any(path.is_dir() for path in Path(data).iterdir()):
+            raise FileNotFoundError(f"evaluate={str(data)!r} has no subfolders; it needs one of images per class.")
     elif data is not None and not callable(data) and not isinstance(data, Iterable):
         raise TypeError(
             f"evaluate is a {type(data).__name__}; accepted: batches of (images, labels) such as a DataLoader, "
@@ -126,13 +128,23 @@ def image_folder(folder: Path, spec: ImageSpec) -> Iterable[tuple[Tensor, Tensor
     transform = transforms.Compose(
         [
             *([transforms.Grayscale()] if spec.channels == 1 else []),
-            transforms.Resize(min(spec.height, spec.width), transforms.InterpolationMode.BICUBIC),
+            transforms.Lambda(lambda image: _covering(image, spec)),
             transforms.CenterCrop((spec.height, spec.width)),
             transforms.ToTensor(),
             transforms.Normalize(spec.mean, spec.std),
         ]
     )
     return torch.utils.data.DataLoader(datasets.ImageFolder(str(folder), transform), batch_size=64)
+
+
+def _covering(image: Any, spec: ImageSpec) -> Any:
+    """A PIL image as small as it covers the teacher's, whatever the shapes of both."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resize
+
+    scale = max(spec.height / image.height, spec.width / image.width)
+    size = max(spec.height, int(image.height * scale)), max(spec.width, int(image.width * scale))
+    return resize(image, list(size), InterpolationMode.BICUBIC)
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

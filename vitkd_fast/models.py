@@ -25,6 +25,8 @@ def default_device(device: str | None, *models: nn.Module | str) -> torch.device
             found = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device is {device!r}; accepted: cpu, cuda, cuda:0, …") from error
+        if found.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {device!r}; accepted: cpu, cuda, cuda:0, …")
         if found.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, but torch sees no CUDA device; `vitkd doctor` says more.")
         return found
@@ -280,7 +282,7 @@ def _own_size(model: nn.Module) -> tuple[int, int] | None:
 def _unwrapped(model: nn.Module) -> nn.Module:
     """What is inside DataParallel, DistributedDataParallel, an averaged model or torch.compile's."""
     for name in ("module", "_orig_mod"):
-        if isinstance(inner := model._modules.get(name), nn.Module) and len(model._modules) == 1:
+        if isinstance(inner := dict(model.named_children()).get(name), nn.Module) and len(model._modules) == 1:
             return _unwrapped(inner)
     return model
 

@@ -1,10 +1,14 @@
 """The folder of one run: what was asked, what happened at each log point, what came out."""
 
 import contextlib
+import fcntl
 import json
+import os
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,12 +29,16 @@ class RunFolder:
 
     Raises:
         FileExistsError: the folder holds a run, and neither is it to be overwritten nor can it be resumed.
+        OSError: it cannot be written to.
     """
 
     def __init__(self, folder: Path | None, overwrite: bool, resume: bool = False) -> None:
         self.folder = folder
         self.metrics: IO[str] | None = None
-        if folder is None or overwrite:
+        if folder is None:
+            return
+        _check_writable(folder)
+        if overwrite:
             return
         if (folder / SAVED).exists():
             if not resume:
@@ -52,24 +60,48 @@ class RunFolder:
     def _would_be_lost(folder: Path) -> str | None:
         """A file that is more than what is left of a run that came to nothing."""
         there = [name for name in FILES if (folder / name).exists()]
-        nothing = ("config.json", "metrics.jsonl") if "metrics.jsonl" in there else ()
+        nothing = ("config.json", "metrics.jsonl") if "metrics.jsonl" in there and _is_of_a_run(folder) else ()
         return next((name for name in there if name not in nothing), None)
 
     def start(self, settings: dict[str, Any], history: Sequence[dict[str, Any]] | None = None) -> None:
-        """Write down what this run was asked, and its history if it goes on; if not, clear away an earlier run."""
+        """Write down what this run was asked, and its history if it goes on; if not, clear away an earlier run.
+
+        Raises:
+            FileExistsError: another run is writing there.
+        """
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._lock(self.metrics)
         if history is None:
             for name in (*FILES, SAVED):
-                (self.folder / name).unlink(missing_ok=True)
+                if name != "metrics.jsonl":
+                    (self.folder / name).unlink(missing_ok=True)
+        self.metrics.truncate(0)
         self._write_json("config.json", settings)
-        self.metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
         for entry in history or ():
             self.log(entry)
 
+    def _lock(self, file: IO[str]) -> None:
+        """Until the file is closed, or the process ends however it does."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"out={self.folder} is being written to by a run that has not ended; choose another folder."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
     def log(self, entry: dict[str, Any]) -> None:
         if self.metrics and not self._written(self._write_entry, entry):
+            self.metrics = None
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        if self.metrics:
+            self.metrics.close()
             self.metrics = None
 
     def keep(self, student: nn.Module) -> bool:
@@ -78,18 +110,18 @@ class RunFolder:
 
     def finish(self, picture: Callable[[], Any], report: Report) -> bool:
         """Save the PIL image that `picture` makes, then the report: the mark of a finished run. Whether that is."""
-        if self.metrics:
-            self.metrics.close()
         if self.folder is None:
             return False
         self._written(self._write_picture, picture)
         return self._written(self._write_report, report)
 
     def _written(self, write: Callable, *what: Any) -> bool:
+        assert self.folder is not None
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # it may be gone
             write(self.folder, *what)
         except Exception as error:  # a full disk; but also what safetensors cannot hold, for which it has no one error
-            warnings.warn(f"out={self.folder} cannot be written to: {error}; the run goes on.", stacklevel=2)
+            warn(f"out={self.folder} cannot be written to: {error}; the run goes on.")
             return False
         return True
 
@@ -112,6 +144,44 @@ class RunFolder:
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.folder:
             (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_writable(folder: Path) -> None:
+    """Before anything is loaded and trained; what does not exist is not made yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"out={folder} cannot be made: {there} is a file. Choose another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"out={folder} cannot be written to: {there} is read-only. Choose another folder.")
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True  # killed before it was written
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"teacher", "student", "settings"} <= config.keys()
+
+
+def warn(text: str) -> None:
+    """A warning that ends nothing, also where the user makes errors of warnings: what was trained would be lost."""
+    with contextlib.suppress(Warning):
+        warnings.warn(text, stacklevel=4)
+
+
+@contextlib.contextmanager
+def unstoppable() -> Iterator[None]:
+    """Inside, Ctrl-C does nothing: what is being saved is saved."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def image_grid(pixels: Tensor, smallest: int = 48, columns: int = 8):

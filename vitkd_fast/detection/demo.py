@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vitkd_fast.demo import ready
 from vitkd_fast.detection.digit_scenes import composers
 from vitkd_fast.detection.training import small_yolos, train
 from vitkd_fast.distill import Result, distill
@@ -71,6 +72,7 @@ def demo(
     """
     start = time.perf_counter()
     say: Callable[..., None] = print if progress else lambda *_: None
+    replaces = ready(steps, json, out)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         known, held = composers(SPEC.height)
@@ -96,7 +98,7 @@ def demo(
                 raise KeyboardInterrupt
             return result
 
-        free = distilled("drawn scenes: no digit is left", out=out, overwrite=True).report
+        free = distilled("drawn scenes: no digit is left", out=out, overwrite=replaces).report
         noise = distilled("Gaussian noise", method="noise").report
         with supplied(lambda count: known(count)[0]) as generator:
             real = distilled("real scenes", generator=generator, candidates=1).report
@@ -113,8 +115,7 @@ def demo(
         seed=seed,
         steps=steps,
     )
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(jsonlib.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
     say(f"\n{figures}")
+    if json is not None:
+        json.write_text(jsonlib.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
     return figures
