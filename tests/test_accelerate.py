@@ -501,3 +501,8 @@ def test_decelerate_gives_back_timms_own():
     decelerate(model)
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(model(x), expected)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"model is a str; accepted: an nn\.Module"):
+        accelerate("vit_tiny_patch16_224")

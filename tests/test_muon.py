@@ -142,3 +142,8 @@ def test_a_weight_without_a_gradient_does_not_decay():
     before = weights[0].detach().clone()
     Muon(weights, weight_decay=0.5).step(0.01, GOOD)
     assert torch.equal(weights[0], before)
+
+
+def test_a_convolution_that_answers_is_not_muons():
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 10, 1))
+    assert hidden_matrices(cnn, channels=3, outputs=(10,)) == [cnn[1].weight]

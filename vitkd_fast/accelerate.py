@@ -76,7 +76,12 @@ def accelerate(model: nn.Module) -> AccelerateReport:
 
     Returns:
         How many blocks were switched, and why each of the others was kept; `print` it.
+
+    Raises:
+        TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; accepted: an nn.Module, such as timm.create_model gives.")
     switched, kept, eval_only = switch(model)
     for name, module in model.named_modules():
         if not _is_attention(module) or is_of_transformers(module):

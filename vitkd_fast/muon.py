@@ -73,7 +73,8 @@ def hidden_matrices(model: nn.Module, channels: int, outputs: Collection[int]) -
         if isinstance(layer, nn.Linear):
             hidden = layer.out_features not in outputs
         elif isinstance(layer, nn.modules.conv._ConvNd):
-            hidden = layer.groups == 1 and layer.in_channels != channels and not layer.transposed
+            hidden = layer.groups == 1 and layer.in_channels != channels and layer.out_channels not in outputs
+            hidden = hidden and not layer.transposed
         else:
             continue
         if hidden and layer.weight.requires_grad and min(layer.weight.flatten(1).shape) > 1:
