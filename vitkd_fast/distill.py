@@ -69,6 +69,7 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
         TypeError, ValueError: an argument that does not exist or is out of range, networks that do not fit.
         FileNotFoundError, FileExistsError: a checkpoint that is not there, a run folder that is already used.
             A run that was stopped goes on with `resume=True`.
+        OSError: `out` cannot be written to.
         RuntimeError: a teacher by name whose weights cannot be had.
         NonFiniteError: more than `max_skipped` steps had a non-finite loss; the message names the term.
 

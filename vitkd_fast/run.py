@@ -181,7 +181,7 @@ def unstoppable() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)  # None: set by other than Python
 
 
 def image_grid(pixels: Tensor, smallest: int = 48, columns: int = 8):
