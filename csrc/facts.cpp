@@ -28,6 +28,6 @@ PYBIND11_MODULE(_facts, module) {
         return facts;
       },
       "Which instruction sets this CPU has.");
-  module.def("made_by_amd", &vitkd::cpu::made_by_amd, "Whether this CPU is one of AMD's.");
+  module.def("amd_family", &vitkd::cpu::amd_family, "The family of an AMD CPU, 26 for Zen 5; 0 for others.");
   module.def("isa", &vitkd::cpu::chosen_isa, "The instruction set that the CPU kernels use here.");
 }

@@ -32,7 +32,7 @@ class AccelerateReport:
         kept: module name -> why that attention block still runs its own code.
         eval_only: names of switched blocks with attention dropout, which run their own code while training.
         activations: number of GELUs that now run on `vitkd_fast.ops.gelu`.
-        linears: number of linear layers that now run on `vitkd_fast.ops.linear`, which AMD's CPUs alone gain by.
+        linears: number of linear layers that now run on `vitkd_fast.ops.linear`, which AMD's Zen 5 alone gains by.
     """
 
     switched: int
@@ -62,7 +62,7 @@ class AccelerateReport:
 def accelerate(model: nn.Module) -> AccelerateReport:
     """Switch every timm ViT/DeiT attention block in `model` to `vitkd_fast.ops.attention`, in place; models of
     transformers that run on torch's attention (`attn_implementation="sdpa"`, their default); the GELUs of all to
-    `vitkd_fast.ops.gelu`; and on AMD's CPUs their linear layers to `vitkd_fast.ops.linear`.
+    `vitkd_fast.ops.gelu`; and on AMD's Zen 5 their linear layers to `vitkd_fast.ops.linear`.
 
     Parameters, state_dict keys, hooks, train/eval mode, deepcopy, pickle, torch.compile and torch.fx (which sees linear
     layers as functions) stay as they were, torch.onnx.export, torch.jit.script and quantization do not (`decelerate`
@@ -169,7 +169,7 @@ class _FastLinear(nn.Linear):
 
 def _switch_linears(model: nn.Module) -> int:
     """Let torch's linear layers run on ours where this machine gains by it; how many do."""
-    count, gains = 0, bool(faster_by_convolution())
+    count, gains = 0, faster_by_convolution()
     for module in model.modules():
         if gains and type(module) is nn.Linear and "forward" not in vars(module):
             module.__class__ = _FastLinear

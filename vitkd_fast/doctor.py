@@ -63,7 +63,7 @@ def _implementation(op: str, device: str) -> str:
 
 def _linear() -> str:
     if faster_by_convolution():
-        return "oneDNN's convolution in float32, faster than MKL on AMD's CPUs; else torch"
+        return "oneDNN's convolution in float32, faster than MKL on AMD's Zen 5; else torch"
     return "torch: nothing is known to be faster here"
 
 

@@ -3,6 +3,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -48,12 +51,14 @@ CpuFacts detect_cpu() {
 #endif
 }
 
-bool made_by_amd() {
+int amd_family() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_is("amd");
+  unsigned eax, ebx, ecx, edx;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+  return static_cast<int>((eax >> 8 & 0xf) + (eax >> 20 & 0xff));
 #else
-  return false;
+  return 0;
 #endif
 }
 

@@ -16,10 +16,9 @@ module = importlib.import_module("vitkd_fast.ops.linear")  # as an attribute it 
 SHAPES = [((2, 65, 192), 768), ((1, 197, 768), 192), ((7, 33), 5), ((3, 2, 5, 17), 31), ((1, 1), 1), ((64, 192), 10)]
 
 
-@pytest.fixture(autouse=True, params=["with AVX-512", "with AVX2"])
-def this_cpu_gains(request, monkeypatch):
-    products = {"output", "input", "weight"} if request.param == "with AVX-512" else {"output", "input"}
-    monkeypatch.setattr(module, "faster_by_convolution", lambda: frozenset(products))
+@pytest.fixture(autouse=True)
+def this_cpu_gains(monkeypatch):
+    monkeypatch.setattr(module, "faster_by_convolution", lambda: True)
     monkeypatch.setattr(module, "LEAST_WORK", 1)
     monkeypatch.setattr(module, "LEAST_ROWS", 1)
 

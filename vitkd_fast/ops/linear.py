@@ -1,4 +1,4 @@
-"""A linear layer in float32 on AMD's CPUs, where torch's takes twice as long as it must.
+"""A linear layer in float32 on AMD's Zen 5, where torch's takes twice as long as it must.
 
 PyTorch multiplies float32 matrices on the CPU with MKL, which computes on AMD's CPUs with vectors of 256 bits whatever
 they have: on a Zen 5 core 107 GF/s of 267. Convolutions go to oneDNN, which PyTorch has on board as well and which uses
@@ -25,26 +25,27 @@ MOST_TERMS = 256
 MOST_ROWS = 2048
 
 
+ZEN_5 = 26
+
+
 @cache
-def faster_by_convolution() -> frozenset[str]:
-    """Which products of a linear layer in float32 are faster as convolutions on this machine: "output", "input" (its
-    gradient), "weight". Empty but on AMD's CPUs, and where torch has not both libraries."""
+def faster_by_convolution() -> bool:
+    """Whether a linear layer in float32 is faster as a convolution on this machine: on AMD's CPUs from Zen 5 on, where
+    torch has both libraries. Those before it compute with vectors of 256 bits, too, on which oneDNN gains nothing once
+    its sums are in sections."""
     try:
         from vitkd_fast import _facts
     except ImportError:
-        return frozenset()
+        return False
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     wanted = ("_convolution_pointwise_", "_convolution_transpose_pointwise")
     if not libraries or not all(hasattr(torch.ops.mkldnn, name) for name in wanted):
-        return frozenset()
-    if not _facts.made_by_amd() or not _facts.cpu()["avx2"]:
-        return frozenset()
-    # With AVX2 oneDNN gains less, and at few channels nothing where rows are the channels.
-    return frozenset({"output", "input", "weight"} if _facts.cpu()["avx512"] else {"output", "input"})
+        return False
+    return _facts.amd_family() >= ZEN_5 and _facts.cpu()["avx512"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias: `torch.nn.functional.linear`, in float32 on AMD's CPUs up to twice as fast.
+    """x weightᵀ + bias: `torch.nn.functional.linear`, in float32 on AMD's Zen 5 up to twice as fast.
 
     Args:
         x: (..., in). What is not contiguous float32 on the CPU, or is exported, traced, transformed, under autocast, or
@@ -80,7 +81,7 @@ def _may_fit(*tensors: Tensor) -> bool:
 
 @constant
 def _gains() -> bool:
-    return bool(faster_by_convolution())
+    return faster_by_convolution()
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -100,7 +101,7 @@ def _is_large(rows: Tensor, width: int, depth: int) -> bool:
 def _are_ours(*tensors: Tensor) -> bool:
     if any(tensor.dtype is not torch.float32 or not _is_plainly_stored(tensor) for tensor in tensors):
         return False
-    return torch._C._get_mkldnn_enabled() and bool(faster_by_convolution())
+    return torch._C._get_mkldnn_enabled() and faster_by_convolution()
 
 
 def _is_plainly_stored(tensor: Tensor) -> bool:
@@ -173,8 +174,6 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     is, oneDNN takes up to five times as long, depending on the prime factors of M.
     """
     sums, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    if "weight" not in faster_by_convolution():
-        return sums.t() @ rows
     gradient = None
     for piece, of in zip(_pieces(sums), _pieces(rows), strict=True):
         product = _back(of[None, :, None], _kernel(piece))[0, :, 0]
