@@ -60,7 +60,7 @@ def test_what_would_be_refused_is_refused_before_anything_is_trained(module, tmp
     (tmp_path / "config.json").write_text('{"my": "settings"}')
     for options, message in (
         ({"steps": 0}, "steps is 0"),
-        ({"out": tmp_path}, "holds config.json"),
+        ({"out": tmp_path}, "holds more than a finished demo"),
         ({"json": tmp_path}, "directory"),
     ):
         with pytest.raises((ValueError, OSError), match=message):

@@ -116,7 +116,10 @@ def ready(steps: int, json: Path | None, out: Path | None) -> bool:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.open("a", encoding="utf-8").close()
     finished = out is not None and (out / "report.json").exists()
-    RunFolder(out, overwrite=finished)
+    try:
+        RunFolder(out, overwrite=finished)
+    except FileExistsError as error:  # which speaks of what a demo cannot be told
+        raise FileExistsError(f"out={out} holds more than a finished demo; choose another folder.") from error
     return finished
 
 
