@@ -65,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if is_plain(*tensors):
         return _Linear.apply(x, weight, bias) if _fits(x, weight, bias) else F.linear(x, weight, bias)
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and _may_fit(*tensors):
+    if torch.compiler.is_dynamo_compiling() and _may_fit(*tensors):
         return torch.ops.vitkd.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
