@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitkd_fast import evaluate as evaluation
-from vitkd_fast.evaluate import check, evaluate_pair, tried
+from vitkd_fast.evaluate import check, evaluate_pair, image_folder, tried
 from vitkd_fast.generator import ImageSpec
 
 CPU = torch.device("cpu")
@@ -45,7 +44,7 @@ def test_a_folder_of_images_is_normalised_as_the_teacher_wants(tmp_path):
     for label, level in (("cat", 0), ("dog", 255)):
         (tmp_path / label).mkdir()
         Image.new("RGB", (8, 6), (level,) * 3).save(tmp_path / label / "1.png")
-    ((images, labels),) = evaluation.image_folder(tmp_path, SPEC)
+    ((images, labels),) = image_folder(tmp_path, SPEC)
     assert images.shape == (2, 3, 4, 4) and labels.tolist() == [0, 1]
     assert (images[0] == -1).all() and (images[1] == 1).all()
 
@@ -119,10 +118,10 @@ def test_photographs_cover_the_teachers_images(size, photograph, tmp_path):
 
     (tmp_path / "a").mkdir()
     Image.new("L", photograph, 255).save(tmp_path / "a" / "white.png")
-    ((images, _),) = evaluation.image_folder(tmp_path, ImageSpec(*size, (0.0,), (1.0,)))
+    ((images, _),) = image_folder(tmp_path, ImageSpec(*size, (0.0,), (1.0,)))
     assert images.shape == (1, 1, *size) and images.min() > 0.99
 
 
 def test_a_folder_without_classes_is_refused_before_the_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no subfolders"):
-        evaluation.check(tmp_path)
+        check(tmp_path)

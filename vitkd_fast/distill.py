@@ -230,9 +230,9 @@ def _distill(
         versions=versions(device),
         **figures,
     )
-    if kept:  # a report is the mark of a finished run, which has a student
-        if folder.finish(lambda: _picture(pair, config, generator), report) and status == "completed":
-            saves.discard()
+    # A report is the mark of a finished run, which has a student.
+    if kept and folder.finish(lambda: _picture(pair, config, generator), report) and status == "completed":
+        saves.discard()
     folder.close()
     if config.progress:
         with contextlib.suppress(OSError, UnicodeError):  # nobody reads, or no such characters

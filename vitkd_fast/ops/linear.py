@@ -16,7 +16,7 @@ from vitkd_fast.choice import constant
 from vitkd_fast.ops._library import LIBRARY, is_plain, transformed
 
 # With less to do, a convolution's preparations are too large a part.
-LEAST_ROWS = 128
+LEAST_ROWS = 256
 LEAST_WORK = 1 << 24  # multiply-adds
 # oneDNN adds up to a thousand terms in one running sum, MKL 192: at 768 and 1536 of them its error is 2.0 and 2.4 times
 # MKL's. Sections cost 5 to 15 % of the time, and leave no more than MKL's own.
@@ -108,6 +108,11 @@ def _is_plainly_stored(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested and tensor.is_contiguous()
 
 
+def _flat(x: Tensor) -> Tensor:
+    """(..., K) as (M, K)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def _pixels(rows: Tensor) -> Tensor:
     """(M, K) as one image of M pixels and K channels, channels last."""
     return rows[None, :, None].permute(0, 3, 1, 2)
@@ -149,7 +154,7 @@ def _sections(terms: int) -> list[slice]:
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    images, kernel = _pixels(x.reshape(-1, x.shape[-1])), _kernel(weight)
+    images, kernel = _pixels(_flat(x)), _kernel(weight)
     first, *others = _sections(x.shape[-1])
     out = _convolved(images[:, first], kernel[:, first], bias)
     for section in others:
@@ -159,7 +164,7 @@ def _output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad weight, (..., N) contiguous and (N, K)."""
-    images, kernel = _pixels(grad.reshape(-1, grad.shape[-1])), _kernel(weight)
+    images, kernel = _pixels(_flat(grad)), _kernel(weight)
     first, *others = _sections(grad.shape[-1])
     pixels = _back(images[:, first], kernel[first])
     for section in others:
@@ -173,28 +178,32 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     One image of K pixels and M channels becomes one of N channels. As the gradient of a convolution's weights, what it
     is, oneDNN takes up to five times as long, depending on the prime factors of M.
     """
-    sums, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    gradient = None
-    for piece, of in zip(_pieces(sums), _pieces(rows), strict=True):
-        product = _back(of[None, :, None], _kernel(piece))[0, :, 0]
-        gradient = product if gradient is None else gradient.add_(product)
-    assert gradient is not None  # there are rows
+    sums, rows = _flat(grad), _flat(x)
+    count = -(-len(rows) // MOST_ROWS)
+    first, *others = zip(sums.tensor_split(count), rows.tensor_split(count))
+    gradient = _weight_gradient_of(*first)
+    for piece in others:
+        gradient.add_(_weight_gradient_of(*piece))
     return gradient
 
 
-def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.tensor_split(-(-len(rows) // MOST_ROWS))
+def _weight_gradient_of(sums: Tensor, rows: Tensor) -> Tensor:
+    return _back(rows[None, :, None], _kernel(sums))[0, :, 0]
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    return _flat(grad).sum(0)
+
+
+def _save(ctx, x, weight):
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        for_x, for_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        _save(ctx, x, weight)
         return _output(x, weight, bias)
 
     @staticmethod
@@ -214,7 +223,7 @@ def _formula(ctx, grad):
     x, weight = ctx.saved_tensors
     return (
         None if weight is None else grad @ weight,
-        None if x is None else grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]),
+        None if x is None else _flat(grad).t() @ _flat(x),
         _bias_gradient(grad) if ctx.needs_input_grad[2] else None,
     )
 
@@ -238,13 +247,11 @@ def _linear_input_gradient(grad, weight):
 def _linear_weight_gradient(grad, x):
     grad, x = grad.contiguous(), x.contiguous()
     ours = _is_large(x, grad.shape[-1], x.shape[-1]) and _are_ours(grad, x)
-    return _weight_gradient(grad, x) if ours else grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return _weight_gradient(grad, x) if ours else _flat(grad).t() @ _flat(x)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _ = inputs
-    for_x, for_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+    _save(ctx, *inputs[:2])
 
 
 def _backward(ctx, grad):
