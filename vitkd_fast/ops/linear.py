@@ -16,7 +16,7 @@ from vitkd_fast.choice import constant
 from vitkd_fast.ops._library import LIBRARY, is_plain, transformed
 
 # With less to do, a convolution's preparations are too large a part.
-LEAST_ROWS = 256
+LEAST_ROWS = 128
 LEAST_WORK = 1 << 24  # multiply-adds
 # oneDNN adds up to a thousand terms in one running sum, MKL 192: at 768 and 1536 of them its error is 2.0 and 2.4 times
 # MKL's. Sections cost 5 to 15 % of the time, and leave no more than MKL's own.
