@@ -1,28 +1,15 @@
 """accelerate: which blocks it switches, that nothing else changes, and that results stay within the error rule."""
 
 import copy
-import importlib
-import inspect
-import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from testing_rules import assert_follows_rule, assert_native
+from timm_blocks import Attention, accelerating, attention_block, image, make, spy, timm, tokens
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from vitkd_fast.accelerate import AccelerateReport, accelerate, decelerate
-
-try:
-    import timm
-    from timm.models.vision_transformer import Attention
-except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-    pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
-
-module_under_test = importlib.import_module("vitkd_fast.accelerate")  # as an attribute it is the function
+from vitkd_fast.accelerate import AccelerateReport, accelerate
 
 # name, how it is built, blocks switched. Depth is cut to two where the blocks are all alike.
 FUSED = {
@@ -39,45 +26,6 @@ KEPT = {
     "beit_base_patch16_224": "relative position bias",
     "vit_relpos_small_patch16_224": "relative position bias",
 }
-
-
-def make(name, **arguments):
-    """A model whose attention attends: timm's 0.02 initialisation leaves the softmax all but flat."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, **arguments).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        for name, parameter in model.named_parameters():
-            if "qkv.weight" in name:
-                parameter.mul_(4)
-    return model
-
-
-def image(model, batch=2):
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-def attention_block(**arguments):
-    torch.manual_seed(0)
-    block = Attention(48, num_heads=3, qkv_bias=True, **arguments)
-    nn.init.normal_(block.qkv.weight, std=0.3)
-    return block
-
-
-def tokens(count=17, dtype=torch.float32):
-    return torch.randn(2, count, 48, generator=torch.Generator().manual_seed(1), dtype=dtype)
-
-
-def spy(monkeypatch):
-    """A list that grows by one shape each time the op is called."""
-    shapes = []
-    fused = module_under_test.ops.attention
-    monkeypatch.setattr(
-        module_under_test.ops, "attention", lambda qkv, scale=None: shapes.append(tuple(qkv.shape)) or fused(qkv, scale)
-    )
-    return shapes
 
 
 @pytest.mark.parametrize("case", FUSED)
@@ -156,7 +104,7 @@ class TestReport:
     @pytest.fixture(autouse=True)
     def any_other_cpu(self, monkeypatch):
         """Than Zen 5, on which linear layers are switched, too."""
-        monkeypatch.setattr(module_under_test, "faster_by_convolution", lambda: False)
+        monkeypatch.setattr(accelerating, "faster_by_convolution", lambda: False)
 
     def test_counts_every_block(self):
         assert str(accelerate(timm.create_model("vit_tiny_patch16_224"))) == (
@@ -331,117 +279,6 @@ def test_every_part_of_the_block(arguments):
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_state_dict_and_training_mode_stay():
-    model = make("vit_tiny_patch16_224", depth=2)
-    before, parameters = model.state_dict(), list(model.parameters())
-    accelerate(model)
-    assert list(model.state_dict()) == list(before)
-    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
-    assert not model.blocks[0].attn.training
-    assert isinstance(model.blocks[0].attn, Attention)
-    accelerated_twin = make("vit_tiny_patch16_224", depth=2)
-    accelerated_twin.load_state_dict(model.state_dict())
-
-
-def test_hooks_stay():
-    block = attention_block()
-    seen = []
-    for name in ("qkv", "proj", "proj_drop"):
-        getattr(block, name).register_forward_hook(lambda module, inputs, output, name=name: seen.append(name))
-    block.register_forward_pre_hook(lambda module, inputs: seen.append("block"))
-    accelerate(block)
-    block(tokens())
-    assert seen == ["block", "qkv", "proj", "proj_drop"]
-
-
-def test_qk_norm_hooks_see_timms_layout():
-    block = attention_block(qk_norm=True, norm_layer=nn.LayerNorm)
-    shapes = []
-    block.q_norm.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
-    block(tokens())
-    accelerate(block)
-    block(tokens())
-    assert shapes == [(2, 3, 17, 16)] * 2
-
-
-def through_torch_save(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch_save],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
-def test_copies_are_whole_and_apart(copied, monkeypatch):
-    model = make("vit_tiny_patch16_224", depth=2)
-    accelerate(model)
-    twin = copied(model)
-    x = image(model, batch=1)
-    with torch.no_grad():
-        expected = model(x)
-        shapes = spy(monkeypatch)
-        assert torch.equal(twin(x), expected)
-        assert len(shapes) == 2
-        twin.blocks[0].attn.qkv.weight.zero_()
-        assert torch.equal(model(x), expected)
-        assert not torch.equal(twin(x), expected)
-
-
-def test_a_pickle_opens_in_a_fresh_process(tmp_path):
-    """Where nothing has called accelerate yet, so the fused class does not exist yet."""
-    block = attention_block().eval()
-    accelerate(block)
-    path = tmp_path / "block.pt"
-    torch.save((block, tokens(), block(tokens()).detach()), path)
-    code = (
-        f"import torch; block, x, expected = torch.load({str(path)!r}, weights_only=False); "
-        "assert torch.equal(block(x), expected); print(type(block).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "FusedAttention", done.stderr
-
-
-def test_importing_vitkd_fast_does_not_import_timm():
-    code = "import sys, vitkd_fast.accelerate; assert 'timm' not in sys.modules and 'torchvision' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_compiles_into_one_graph(monkeypatch):
-    torch._dynamo.reset()
-    model = nn.Sequential(attention_block(), attention_block(qk_norm=True, norm_layer=nn.LayerNorm))
-    accelerate(model)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    torch.testing.assert_close(compiled(tokens()), model(tokens()))
-    gradients = [
-        torch.autograd.grad(function(tokens()).square().sum(), tuple(model.parameters()))
-        for function in (compiled, model)
-    ]
-    for gradient, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(gradient, expected)
-    assert counter.frame_count == 1
-    targets = [str(node.target) for node in counter.graphs[0].graph.nodes]
-    assert sum("vitkd.attention" in target for target in targets) == 2
-
-
-def test_compiles_with_symbolic_sizes():
-    torch._dynamo.reset()
-    block = attention_block(attn_drop=0.1).eval()
-    accelerate(block)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
-    compiled(tokens(17))
-    compiled_once = counter.frame_count
-    for count in (17, 50, 197):
-        torch.testing.assert_close(compiled(tokens(count)), block(tokens(count)))
-    assert counter.frame_count == compiled_once
-
-
 @pytest.mark.parametrize("arguments", [{}, {"qk_norm": True, "norm_layer": nn.LayerNorm}], ids=["plain", "qk_norm"])
 def test_autocast_follows_the_rule(arguments):
     block = attention_block(**arguments)
@@ -458,49 +295,6 @@ def test_autocast_follows_the_rule(arguments):
     for name, result, expected, exact_value in zip(names, *results, best, strict=True):
         assert_follows_rule(result, exact_value, expected, name)
     assert results[0][0].dtype is torch.bfloat16
-
-
-class LowRank(nn.Module):
-    """A linear with two small ones beside it, as LoRA wraps it: only its call is that of a linear."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.down = inner, nn.Linear(inner.in_features, 2, bias=False)
-        self.up = nn.Linear(2, inner.out_features, bias=False)
-
-    def forward(self, x):
-        return self.inner(x) + self.up(self.down(x))
-
-
-def test_a_wrapped_qkv_is_called_as_it_is():
-    model = make("vit_tiny_patch16_224", depth=2, img_size=32)
-    model.blocks[1].attn.qkv = LowRank(model.blocks[1].attn.qkv)
-    x = image(model)
-    expected = model(x)
-    report = accelerate(model)
-    assert (report.switched, report.kept) == (2, {})
-    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_fx_traces_an_accelerated_model():
-    model = make("vit_tiny_patch16_224", depth=2, img_size=32)
-    accelerate(model)
-    arguments = inspect.signature(model.forward).parameters.values()  # those of a mask are no part of the graph
-    given = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
-    traced, x = torch.fx.symbolic_trace(model, concrete_args=given), image(model)
-    torch.testing.assert_close(traced(x), model(x))
-    assert sum(getattr(node.target, "__name__", "") == "attention" for node in traced.graph.nodes) == 2
-
-
-def test_decelerate_gives_back_timms_own():
-    model = make("vit_tiny_patch16_224", depth=2, img_size=32)
-    x, classes = image(model), [type(module) for module in model.modules()]
-    expected = model(x)
-    accelerate(model)
-    assert [type(module) for module in model.modules()] != classes
-    decelerate(model)
-    assert [type(module) for module in model.modules()] == classes
-    assert torch.equal(model(x), expected)
 
 
 def test_what_is_no_module_is_refused():

@@ -8,6 +8,7 @@ from torch import nn
 
 SIZE = 8
 CLASSES = 4
+QUICK = {"method": "adversarial", "batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 
 
 class TinyNet(nn.Module):
@@ -92,3 +93,14 @@ def digit_vit(embed_dim=16, depth=2):
     with torch.random.fork_rng([]):
         torch.manual_seed(embed_dim)
         return vit(8, 1, {"patch_size": 4, "embed_dim": embed_dim, "depth": depth, "num_heads": 2})
+
+
+def held_images(count=512):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        return smooth_images(count)
+
+
+def agreement_of(student, teacher):
+    with torch.no_grad():
+        return (student(held_images()).argmax(1) == teacher(held_images()).argmax(1)).float().mean().item()
