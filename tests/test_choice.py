@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -239,32 +237,6 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         self.names.append(str(function))
         return function(*arguments, **(options or {}))
-
-
-def run(code, **environ):
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("VITKD_")} | environ
-    return subprocess.run([sys.executable, "-W", "always", "-c", code], env=environ, capture_output=True, text=True)
-
-
-def test_importing_leaves_cuda_alone():
-    done = run(
-        "import torch, vitkd_fast; vitkd_fast.ops.attention(torch.zeros(1, 2, 3, 1, 8));"
-        "assert not torch.cuda.is_initialized()"
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_wish_that_means_nothing_is_named():
-    done = run("import vitkd_fast", VITKD_CUDA_BACKEND="cudnn")
-    assert done.returncode == 0
-    assert "VITKD_CUDA_BACKEND=cudnn is ignored; accepted: native, triton, sdpa." in done.stderr
-
-
-@needs_cuda_build
-def test_a_wish_that_cannot_be_had_is_named():
-    done = run("import vitkd_fast", VITKD_CUDA_BACKEND="native", VITKD_NO_NATIVE="1")
-    assert done.returncode == 0
-    assert "VITKD_CUDA_BACKEND=native cannot be had: VITKD_NO_NATIVE is set." in done.stderr
 
 
 def choose_py():

@@ -20,6 +20,8 @@ from vitkd_fast.ops._library import LIBRARY, OPS, TRITON
 
 HERE = Path(__file__).parent
 Name = Literal["native", "triton", "formula"]
+PLAIN = os.environ.get("VITKD_NO_NATIVE", "") not in ("", "0")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 class Implementation(NamedTuple):
@@ -47,7 +49,7 @@ def cuda_kernels() -> tuple[Literal["native", "triton"], ...]:
 
 def _load(library: str) -> str | None:
     """Load a native library; None, or what keeps it from running."""
-    if os.environ.get("VITKD_NO_NATIVE"):
+    if PLAIN:
         return "VITKD_NO_NATIVE is set"
     path = HERE / f"{library}.so"
     if library == "_C_cuda" and torch.version.cuda is None:
@@ -87,12 +89,15 @@ def _choose() -> dict[str, Implementation]:
         from vitkd_fast import _facts
 
         isa, wish = _facts.isa(), os.environ.get("VITKD_CPU_ISA", "")
-        if wish not in ("", isa):
+        if wish and wish not in ISAS:
+            warnings.warn(f"VITKD_CPU_ISA={wish} is ignored; accepted: {', '.join(ISAS)}.", stacklevel=2)
+            wish = ""
+        elif wish not in ("", isa):
             warnings.warn(f"VITKD_CPU_ISA={wish} cannot be had on this CPU; using {isa}.", stacklevel=2)
         found["cpu"] = Implementation("native", f"C++ kernels, {isa}" + (" (VITKD_CPU_ISA)" if wish else ""))
     else:
         found["cpu"] = Implementation("formula", f"plain torch, because {_PROBLEMS['_C_cpu']}")
-        if not os.environ.get("VITKD_NO_NATIVE"):
+        if not PLAIN:
             warnings.warn(
                 f"vitkd_fast runs on plain torch, not its kernels: {_PROBLEMS['_C_cpu']}. Reinstall it to build them "
                 "(pip install .); `vitkd doctor` tells more.",
