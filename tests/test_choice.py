@@ -17,6 +17,7 @@ from vitkd_fast.ops.attention import choose, fallback_reason
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda", 0)
+GPUS = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
 GPU = {"gpu": "NVIDIA Test", "capability": [9, 0]}
 
 MIXED = {
@@ -35,7 +36,7 @@ def pretend(monkeypatch):
     def pretend(*entries, kernels=("native", "triton"), wish=""):
         monkeypatch.setattr(choice, "table", cache(lambda: entries))
         monkeypatch.setattr(choice, "WISH", wish)
-        monkeypatch.setattr(backends, "cuda_kernels", lambda: kernels)
+        monkeypatch.setattr(backends, "cuda_kernels", lambda capability=None: kernels)
         monkeypatch.setattr(choice, "_model", lambda device: (GPU["gpu"], GPU["capability"]))
         choice.forget()
 
@@ -160,6 +161,38 @@ def test_kernels_that_are_not_there_are_replaced(pretend):
         pretend(entry, kernels=kernels)
         assert names(torch.bfloat16, 64, 50, 150, 250) == expected
     assert fallback_reason(CUDA, torch.bfloat16, 64, 50) == "no CUDA kernels here"
+
+
+@pytest.mark.parametrize(
+    ("built", "runs"),
+    [
+        ("8.0·8.6·9.0·10.0·12.0", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]),
+        ("8.0·8.6·9.0·10.0·12.0+PTX", GPUS),
+        ("9.0", [(9, 0)]),
+        ("9.0+PTX", [(9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]),
+        ("8.6", [(8, 6), (8, 7), (8, 9)]),
+        ("8.0·12.0+PTX", [(8, 0), (8, 6), (8, 7), (8, 9), (12, 0), (12, 1)]),
+        ("9.0a·10.0a·12.0f", [(9, 0), (10, 0), (12, 0), (12, 1)]),
+        ("", []),
+    ],
+)
+def test_the_library_serves_the_gpus_that_it_has_code_for(built, runs, monkeypatch):
+    from vitkd_fast import _facts
+
+    monkeypatch.setattr(_facts, "build", lambda: {"cuda_architectures": built})
+    assert [gpu for gpu in GPUS if backends.has_code_for(gpu)] == runs
+
+
+def test_a_gpu_without_code_in_the_library_runs_tritons(pretend, monkeypatch):
+    there = backends.cuda_kernels
+    pretend(MIXED)
+    monkeypatch.setattr(backends, "cuda_kernels", there)
+    monkeypatch.setattr(backends, "_PROBLEMS", {"_C_cuda": None, "triton": None})
+    for has_code, expected in ((True, "native"), (False, "triton")):
+        monkeypatch.setattr(backends, "has_code_for", lambda capability, answer=has_code: answer)
+        choice.forget()
+        assert names(torch.bfloat16, 64, 100) == [expected]
+        assert choice.kd_loss(CUDA, torch.float32)[0][1] == expected
 
 
 def test_a_cpu_is_never_asked(monkeypatch):

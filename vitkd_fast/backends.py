@@ -9,7 +9,7 @@ functions go by `vitkd_fast.choice`.
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,10 +41,34 @@ def libraries() -> dict[str, str | None]:
     return dict(_PROBLEMS)
 
 
-def cuda_kernels() -> tuple[Literal["native", "triton"], ...]:
-    """Which of the kernels for CUDA are registered, the preferred ones first."""
-    names: tuple[tuple[Literal["native", "triton"], str], ...] = (("native", "_C_cuda"), ("triton", "triton"))
-    return tuple(name for name, part in names if _PROBLEMS[part] is None)
+def cuda_kernels(capability: Sequence[int] | None = None) -> tuple[Literal["native", "triton"], ...]:
+    """Which of the kernels for CUDA are registered, and run on a GPU of that capability; the preferred ones first."""
+    names: list[Literal["native", "triton"]] = []
+    if _PROBLEMS["_C_cuda"] is None and (capability is None or has_code_for(capability)):
+        names.append("native")
+    if _PROBLEMS["triton"] is None:
+        names.append("triton")
+    return tuple(names)
+
+
+def has_code_for(capability: Sequence[int]) -> bool:
+    """Whether the CUDA library has code that such a GPU runs: machine code of an earlier GPU of its generation, or
+    intermediate code (PTX) of any earlier one. See `nvcc_codes` of the build for what is compiled from the list."""
+    from vitkd_fast import _facts
+
+    gpu = tuple(capability)
+    built = [text for text in _facts.build()["cuda_architectures"].split("·") if text]
+    plain = {text: tuple(map(int, text.removesuffix("+PTX").rstrip("af").split("."))) for text in built}
+    for text, made_for in plain.items():
+        alone = "a" in text or made_for == (9, 0)
+        if made_for == gpu or (not alone and made_for[0] == gpu[0] and made_for < gpu):
+            return True
+        if text.endswith("+PTX") and text[-5].isdigit():
+            sharing = [other for name, other in plain.items() if name.removesuffix("+PTX")[-1].isdigit()]
+            sharing = [other for other in sharing if other != (9, 0) and (other > (9, 0)) == (made_for > (9, 0))]
+            if (made_for if made_for == (9, 0) else min(sharing)) <= gpu:
+                return True
+    return False
 
 
 def _load(library: str) -> str | None:

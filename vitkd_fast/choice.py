@@ -84,7 +84,7 @@ def _attention(
     device: torch.device, dtype: torch.dtype, gradient: bool
 ) -> tuple[tuple[int | None, tuple[Range, ...]], ...]:
     if WISH:
-        return ((None, _wished()),)
+        return ((None, _wished(device)),)
     kind = dtype_class(dtype)
     measured = entry(device).get("attention", {}).get(kind, {})
     if not gradient:
@@ -92,21 +92,21 @@ def _attention(
     if refused := _too_old(device):
         return ((None, (refused,)),)
     widths: dict[int | None, tuple[Range, ...]]
-    widths = {int(width): _measured(ranges, "tokens") for width, ranges in measured.items()}
+    widths = {int(width): _measured(device, ranges, "tokens") for width, ranges in measured.items()}
     _, capability = _model(device) or (None, None)
     for width in (*WHOLE_HEAD_DIMS, None):
-        widths.setdefault(width, _default(default_tokens(capability, kind, width)))
+        widths.setdefault(width, _default(device, default_tokens(capability, kind, width)))
     return tuple(widths.items())  # None, which fits any width, comes last
 
 
-def _wished() -> tuple[Range, ...]:
-    return (_range(None, WISH, f"VITKD_CUDA_BACKEND={WISH}"),)
+def _wished(device: torch.device) -> tuple[Range, ...]:
+    return (_range(device, None, WISH, f"VITKD_CUDA_BACKEND={WISH}"),)
 
 
-def _default(tokens: int) -> tuple[Range, ...]:
+def _default(device: torch.device, tokens: int) -> tuple[Range, ...]:
     return (
-        _range(tokens, "native", f"up to {tokens} tokens (default, not measured)"),
-        _range(None, "sdpa", f"more than {tokens} tokens (default, not measured)"),
+        _range(device, tokens, "native", f"up to {tokens} tokens (default, not measured)"),
+        _range(device, None, "sdpa", f"more than {tokens} tokens (default, not measured)"),
     )
 
 
@@ -124,11 +124,13 @@ def attention(
 @cache
 def _kd_loss(device: torch.device, dtype: torch.dtype) -> tuple[Range, ...]:
     if WISH in ("native", "triton"):
-        return _wished()
+        return _wished(device)
     if refused := _too_old(device):
         return (refused,)
     measured = entry(device).get("kd_loss", {}).get(dtype_class(dtype))
-    return _measured(measured, "classes") if measured else (_range(None, "native", "default, not measured"),)
+    if measured:
+        return _measured(device, measured, "classes")
+    return (_range(device, None, "native", "default, not measured"),)
 
 
 @constant
@@ -151,22 +153,23 @@ def _too_old(device: torch.device) -> Range | None:
     return None, "sdpa", f"compute capability {capability[0]}.{capability[1]} is below {OLDEST}.0"
 
 
-def _measured(ranges: list, what: str) -> tuple[Range, ...]:
+def _measured(device: torch.device, ranges: list, what: str) -> tuple[Range, ...]:
     result, previous = [], 0
     for most, name in ranges:
         limits = (
             f"{previous + 1} to {most} {what}" if most else f"{what} above {previous}" if previous else f"any {what}"
         )
-        result.append(_range(most, name, f"{limits} (measured)"))
+        result.append(_range(device, most, name, f"{limits} (measured)"))
         previous = most
     return tuple(result)
 
 
-def _range(most: int | None, wanted: str, reason: str) -> Range:
-    """With the next best where those kernels are not there."""
+def _range(device: torch.device, most: int | None, wanted: str, reason: str) -> Range:
+    """With the next best where those kernels are not there, or have no code for this GPU."""
     from vitkd_fast import backends  # which imports the ops, and they import this
 
-    there = backends.cuda_kernels()
+    _, capability = _model(device) or (None, None)
+    there = backends.cuda_kernels(capability)
     name: Name = next((name for name in get_args(Name) if name == wanted), "sdpa")
     if name == "sdpa" or name in there:
         return most, name, reason

@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(HopperForwardShape<D, kTiles>::kThreads, 1)
       my.run(present, [] {});
       if (present) my.store(out_rows<T, D>(p, owner), first);
     }
+    __syncwarp();  // a lane may still wait for this very phase where its warp had no block
     if (threadIdx.x % kWarp == 0 && comes_last(left + stage, 4 * S::kTeam)) {
       const uint64_t next = index + uint64_t{S::kStages} * gridDim.x;
       if (next < heads) bring_head(stage, static_cast<unsigned>(next));

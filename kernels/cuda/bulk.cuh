@@ -28,6 +28,7 @@ inline bool make_rows_map(RowsMap& map, const Attention& p, int box_rows) {
 #else
     const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
+    if (status != cudaSuccess) (void)cudaGetLastError();  // not the next launch's
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
         status == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr);
   }();

@@ -3,7 +3,8 @@
 //
 // What is in a stream runs one after another, so it has one counter for all its launches; streams' ids, unlike their
 // handles, never come back. A captured launch runs whenever its graph does, perhaps on several streams by several
-// graphs captured on one; only a graph does not overlap with itself. So each captured launch keeps a counter for good.
+// graphs captured on one; only what was instantiated of one does not overlap with itself, and torch instantiates a graph
+// once. So each captured launch keeps a counter for good.
 #pragma once
 
 #include "device.cuh"

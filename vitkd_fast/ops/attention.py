@@ -122,8 +122,7 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     gradient = qkv.requires_grad and torch.is_grad_enabled()
     name, _ = choose(qkv.device, dtype, qkv.shape[-1], qkv.shape[1], gradient)
     if name == "sdpa":
-        query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2).contiguous()
+        return _by_torch(qkv.to(dtype), scale)
     bfloat16 = dtype is torch.bfloat16 and qkv.dtype is torch.float32 and qkv.device.type == "cpu"
     if qkv.dtype is not dtype and not bfloat16:
         qkv = qkv.to(dtype)
@@ -134,6 +133,27 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         return _Attention.apply(qkv, ops, scale, bfloat16)
     with Below():
         return ops.attention(qkv, scale, bfloat16)
+
+
+def _by_torch(qkv: Tensor, scale: float) -> Tensor:
+    """torch's own attention, kept from what breaks its kernels on a GPU."""
+    if qkv.is_cuda and is_plain(qkv) and not _loads_by_16_bytes(qkv):
+        qkv = qkv.clone(memory_format=torch.contiguous_format)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    if abs(scale) < torch.finfo(torch.float32).tiny:  # FlashAttention hides by -inf before it multiplies by the scale
+        query, scale = query * scale, 1.0
+    elif scale < 0:
+        query, scale = -query, -scale
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2).contiguous()
+
+
+def _loads_by_16_bytes(qkv: Tensor) -> bool:
+    """Whether every head begins where torch's kernels may load 16 bytes at once, which not all of them look at."""
+    unit = 16 // qkv.element_size()
+    if qkv.shape[-1] % unit != 0:  # then they copy it to where they may
+        return True
+    strides = (stride for stride, size in zip(qkv.stride()[:-1], qkv.shape) if size > 1)
+    return qkv.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in strides)
 
 
 def choose(

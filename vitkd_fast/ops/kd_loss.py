@@ -170,7 +170,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, ops, kind, temperature, mean):
-        ctx.kind, ctx.temperature, ctx.mean = KINDS[kind], temperature, mean
+        ctx.ops, ctx.kind, ctx.temperature, ctx.mean = ops, KINDS[kind], temperature, mean
         wanted = ctx.needs_input_grad[:2]
         ctx.share = 1 / max(student.shape[0], 1) if mean else 1.0
         weight = _kept_weight(student, kind, temperature, wanted) or ctx.share
@@ -190,8 +190,9 @@ class _Loss(torch.autograd.Function):
         known = ctx.mean and is_plain(grad) and not torch._C._len_torch_dispatch_stack()
         known = known and not torch._C._autograd._get_current_graph_task_keep_graph()
         if known and grad.is_cuda:
+            scale = torch.ops.vitkd.scale_ if ctx.ops is torch.ops.vitkd else _scale_formula  # Triton has none
             with Below():
-                torch.ops.vitkd.scale_(*kept, grad, ctx.rest)
+                scale(*kept, grad, ctx.rest)
             factor = None
         elif ctx.rest != 1:
             factor = factor * ctx.rest

@@ -1,0 +1,73 @@
+"""Attention that the public function leaves to torch: the inputs that torch's own GPU kernels do not bear."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitkd_fast.ops import attention
+from vitkd_fast.ops.attention import attention_formula
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SIZES = [(2, 1, 2, 64), (2, 577, 2, 64), (2, 33, 2, 160)]  # one token, many tokens, wide heads
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+module = sys.modules["vitkd_fast.ops.attention"]  # as an attribute of the package it is the function
+
+
+def draw(batch, tokens, heads, head_dim):
+    return torch.randn(batch, tokens, 3, heads, head_dim, generator=torch.Generator().manual_seed(0))
+
+
+def assert_as_the_formula(qkv, scale, dtype):
+    qkv = qkv.detach().requires_grad_()
+    out = attention(qkv, scale)
+    exact = qkv.detach().cpu().double().requires_grad_()
+    expected = attention_formula(exact, scale)
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    grad_out = torch.ones_like(expected)
+    (grad,) = torch.autograd.grad(out, qkv, grad_out.to(out))
+    (expected,) = torch.autograd.grad(expected, exact, grad_out)
+    torch.testing.assert_close(grad.double().cpu(), expected, rtol=TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-42, 0.1])
+@pytest.mark.parametrize("size", SIZES)
+def test_any_scale(size, scale, dtype, device):
+    assert_as_the_formula(draw(*size).to(device, dtype), scale, dtype)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, -1e-42, 1e-42])
+def test_torchs_kernels_get_a_positive_scale(scale, monkeypatch):
+    """FlashAttention hides the columns beyond the last key by -inf, and only then multiplies by the scale."""
+    scales, own = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, scale: scales.append(scale) or own(*args, scale=scale)
+    )
+    attention(draw(1, 5, 1, 160), scale)
+    assert len(scales) == 1 and scales[0] >= torch.finfo(torch.float32).tiny
+
+
+LAYOUTS = {  # of (2, 40, 3, 2, 160), and whether 16 bytes can be loaded at once from where its heads begin
+    "plain": (lambda new: new(2, 40, 3, 2, 160), True),
+    "offset by one": (lambda new: new(2 * 40 * 960 + 1)[1:].view(2, 40, 3, 2, 160), False),
+    "of wider rows": (lambda new: new(2, 40, 3, 2, 163)[..., 1:161], False),
+    "of a broadcast": (lambda new: new(1, 40, 3, 2, 160).expand(2, -1, -1, -1, -1), True),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, dtype, device):
+    make, loads = LAYOUTS[layout]
+    qkv = make(lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype))
+    assert module._loads_by_16_bytes(qkv) is loads
+    assert_as_the_formula(qkv, 0.1, dtype)
+
+
+def test_a_width_that_torch_pads_is_left_to_it():
+    assert module._loads_by_16_bytes(torch.zeros(2, 40, 3, 2, 131))
