@@ -119,7 +119,7 @@ def student_image_spec(student: nn.Module, teacher: nn.Module, spec: ImageSpec) 
         said = tuple(cfg.get(name) or ())
         return () if said == tuple(others.get(name) or ()) else said
 
-    patch_embed = getattr(_unwrapped(student), "patch_embed", None)
+    patch_embed = getattr(unwrapped(student), "patch_embed", None)
     size = _own_size(student)
     if size is None and cfg.get("fixed_input_size") is not False:
         size = own("input_size")[1:]
@@ -275,21 +275,21 @@ def normalisation_note(teacher: nn.Module, config: Config) -> str | None:
 
 def _own_size(model: nn.Module) -> tuple[int, int] | None:
     """The height and width that a ViT's patch embedding says; some say one number for both."""
-    size = getattr(getattr(_unwrapped(model), "patch_embed", None), "img_size", None)
+    size = getattr(getattr(unwrapped(model), "patch_embed", None), "img_size", None)
     return (size, size) if isinstance(size, int) else size
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """What is inside DataParallel, DistributedDataParallel, an averaged model or torch.compile's."""
     for name in ("module", "_orig_mod"):
         if isinstance(inner := dict(model.named_children()).get(name), nn.Module) and len(model._modules) == 1:
-            return _unwrapped(inner)
+            return unwrapped(inner)
     return model
 
 
 def _cfg(model: nn.Module) -> Mapping[str, Any]:
     said = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if said is None and (inner := _unwrapped(model)) is not model:
+    if said is None and (inner := unwrapped(model)) is not model:
         return _cfg(inner)
     return _config_of_transformers(model) | dict(said or {})
 

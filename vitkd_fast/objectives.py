@@ -53,6 +53,9 @@ class View:
     scores: Tensor | None = None
     """Of a detector whose classes do not exclude each other, (B, queries, classes) in [0, 1]: what ranks its objects
     where its precision is measured."""
+    earlier: Sequence["View"] = ()
+    """Of a detector, logits and boxes that its encoder proposes and its layers refine. They are handed on without a
+    gradient, so what is asked of the detector is asked of them, too."""
 
 
 @dataclass

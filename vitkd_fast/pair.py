@@ -164,7 +164,6 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
     if isinstance(student, str):
         name, own_spec = student, spec
         student = task.create_student(student, spec, classes)
-        task.name_classes(teacher, student)
     elif not isinstance(student, nn.Module):
         raise TypeError(f"student is a {type(student).__name__}; accepted: an nn.Module, or the name of a model.")
     else:
@@ -180,7 +179,8 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
 
     convert = Conversion(spec, own_spec).to(device)
     facts = model_facts(teacher, spec, teacher_name(teacher)), model_facts(student, own_spec, name)
-    notes = [note for note in [normalisation_note(teacher, config), convert.note()] if note]
+    named = task.name_classes(teacher, student)
+    notes = [note for note in [normalisation_note(teacher, config), convert.note(), named] if note]
     if config.accelerate:
         from vitkd_fast.accelerate import accelerate
 

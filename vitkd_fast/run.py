@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from vitkd_fast.guard import Ledger, NonFiniteError
 from vitkd_fast.report import Report
 
 FILES = ("config.json", "metrics.jsonl", "images.png", "student.safetensors", "report.json")
+PRETRAINED = ("student/config.json", "student/model.safetensors")  # one of transformers', for from_pretrained
 SAVED = "run.pt"  # what a run that was stopped goes on from
 
 
@@ -59,7 +61,7 @@ class RunFolder:
     @staticmethod
     def _would_be_lost(folder: Path) -> str | None:
         """A file that is more than what is left of a run that came to nothing."""
-        there = [name for name in FILES if (folder / name).exists()]
+        there = [name for name in (*FILES, *PRETRAINED) if (folder / name).exists()]
         nothing = ("config.json", "metrics.jsonl") if "metrics.jsonl" in there and _is_of_a_run(folder) else ()
         return next((name for name in there if name not in nothing), None)
 
@@ -75,7 +77,7 @@ class RunFolder:
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._lock(self.metrics)
         if history is None:
-            for name in (*FILES, SAVED):
+            for name in (*FILES, *PRETRAINED, SAVED):
                 if name != "metrics.jsonl":
                     (self.folder / name).unlink(missing_ok=True)
         self.metrics.truncate(0)
@@ -133,7 +135,13 @@ class RunFolder:
     def _write_student(self, folder: Path, student: nn.Module) -> None:
         from safetensors.torch import save_model
 
-        save_model(student, str(folder / "student.safetensors"))
+        saved = folder / "student.safetensors"
+        save_model(student, str(saved), metadata={"format": "pt"})  # which transformers looks for
+        if (save_config := getattr(getattr(student, "config", None), "save_pretrained", None)) is not None:
+            weights = folder / PRETRAINED[1]
+            weights.parent.mkdir(exist_ok=True)
+            save_config(weights.parent)
+            shutil.copyfile(saved, weights)
 
     def _write_picture(self, folder: Path, picture: Callable[[], Any]) -> None:
         picture().save(folder / "images.png")

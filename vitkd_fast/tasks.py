@@ -26,8 +26,9 @@ class Classification:
     check_evaluation = staticmethod(evaluation.check)
 
     @staticmethod
-    def name_classes(teacher: nn.Module, student: nn.Module) -> None:
-        """Give a new student the names of the teacher's classes, if its kind of model keeps any."""
+    def name_classes(teacher: nn.Module, student: nn.Module) -> str | None:
+        """Give a student the names of the teacher's classes, if its kind of model keeps any; what to know of that."""
+        return None
 
     def look(self, model: Any, images: Tensor) -> View:
         return View(*forward(model, images))

@@ -10,11 +10,13 @@ pytest.importorskip("torchvision")
 pytest.importorskip("scipy")
 pytest.importorskip("transformers")
 
-from tiny_detectors import CLASSES, QUERIES, detr, yolos
+from tiny_detectors import CLASSES, QUERIES, QUICK, detr, student, teacher, yolos
 
 from vitkd_fast.detection import adaptors
 from vitkd_fast.detection.adaptors import adaptor, from_corners, from_sigmoid, look
-from vitkd_fast.detection.task import objects_of
+from vitkd_fast.detection.task import Detection, objects_of
+from vitkd_fast.distill import distill
+from vitkd_fast.generator import ImageSpec
 from vitkd_fast.objectives import View
 
 
@@ -29,6 +31,13 @@ class Plain(nn.Module):
         scores = self.scores(images.flatten(1)).unflatten(1, (6, CLASSES))
         boxes = images.new_tensor([2.0, 0.0, 6.0, 4.0]).expand(len(images), 6, 4)
         return scores, boxes
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+}
 
 
 class Derived(Plain):
@@ -225,3 +234,38 @@ def test_classes_of_their_own_rank_objects_by_their_own_scores():
             assert torch.equal(box, raw["pred_boxes"][image, query])
     assert all((found.scores >= 0.6).all() for found in objects_of(view, 0.6))
     assert look(yolos(), torch.randn(2, 1, 16, 16)).scores is None
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_is_wrapped_is_seen_as_it_is(wrap, registered):
+    for model, images in ((yolos(), torch.rand(2, 1, 16, 16)), (Plain(), torch.rand(2, 1, 8, 8))):
+        expected, found = look(model, images), look(wrap(model), images)
+        torch.testing.assert_close(found.logits, expected.logits)
+        torch.testing.assert_close(found.boxes, expected.boxes)
+
+
+def test_a_wrapped_student_learns():
+    settings = {**QUICK, "steps": 2}
+    assert distill(teacher(), nn.DataParallel(student()), **settings).report.status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "patch", "grid"),
+    [
+        (12, (50, 20), 8, (6, 2)),  # of a YOLOS, which leaves out what is no whole patch
+        (2, (32, 30), 16, (2, 1)),
+        (12, (50, 20), None, (6, 2)),
+        (28, (50, 100), None, (4, 7)),  # of convolutions, which pad: 16 pixels a side
+        (6, (24, 32), (12, 10), (2, 3)),
+        (1, (16, 16), None, (1, 1)),
+        (8888, (704, 608), None, None),  # of several scales
+        (340, (128, 128), None, None),
+        (13, (50, 20), 8, None),
+    ],
+)
+def test_tokens_lie_on_the_grid_of_the_models_patches(count, size, patch, grid):
+    model = nn.Identity()
+    if patch is not None:
+        model.config = SimpleNamespace(patch_size=patch)
+    layout = Detection().layout(model, count, ImageSpec(*size, (0.5,), (0.5,)))
+    assert (layout.count, layout.grid) == (count, grid)

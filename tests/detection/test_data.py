@@ -151,6 +151,37 @@ def test_an_image_that_is_not_there_is_not_another_of_its_name(tmp_path):
         read_scenes(coco(tmp_path, both, []), SIZE)
 
 
+def test_crowds_are_kept_apart(drones):
+    scenes = read_scenes(drones, SIZE)
+    assert [len(some) for some in scenes.objects] == [2, 1, 0]
+    assert [some.labels.tolist() for some in scenes.crowds] == [[], [1], []]
+    torch.testing.assert_close(scenes.crowds[1].boxes, torch.tensor([[0.05, 0.05, 0.1, 0.1]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["images"].append(content["images"][0]), "several images with the id"),
+        (lambda content: content["categories"].append(content["categories"][0]), "several categories with the id"),
+        (lambda content: content["categories"].append({"id": "x", "name": "y"}), "partly numbers, partly text"),
+        (lambda content: content["annotations"].append([1]), r"has \[1\] among its annotations"),
+        (lambda content: content["images"][0].update(file_name=3), "needs an id and a file_name"),
+        (lambda content: content["images"][0].update(width="wide", height=3), "'wide' wide; accepted: pixels"),
+    ],
+)
+def test_files_that_say_two_things_or_none_are_refused(drones, change, message):
+    content = json.loads(drones.read_text())
+    change(content)
+    drones.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_scenes(drones, SIZE)
+
+
+def test_a_byte_order_mark_is_no_part_of_it(drones):
+    drones.write_text(drones.read_text(), encoding="utf-8-sig")
+    assert len(read_scenes(drones, SIZE)) == len(IMAGES)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -158,8 +189,9 @@ def test_an_image_that_is_not_there_is_not_another_of_its_name(tmp_path):
         ({"category_id": 4}, "annotation 1 is of category 4; categories: 3, 7"),
         ({"bbox": [1, 2, 3]}, r"annotation 1 has bbox \[1, 2, 3\]; accepted: \[left, top, width, height\]"),
         ({"bbox": None}, "annotation 1 has bbox None"),
-        ({"bbox": [1, 2, -3, 4]}, "image a.png: 1 of 1 boxes cannot be used"),
-        ({"bbox": [1, 2, "nan", 4]}, "image a.png: 1 of 1 boxes cannot be used"),
+        ({"bbox": [1, 2, -3, 4]}, r"annotation 1 has bbox \[1, 2, -3, 4\]"),
+        ({"bbox": [1, 2, "nan", 4]}, r"annotation 1 has bbox \[1, 2, 'nan', 4\]"),
+        ({"image_id": [1]}, r"annotation 1 is of image \[1\]"),
     ],
 )
 def test_unsound_annotations_are_refused(tmp_path, change, message):

@@ -16,6 +16,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("transformers")
 
 from tiny_detectors import CLASSES, QUICK, SIZE, detr, real, student, teacher
+from transformers import AutoModelForObjectDetection
 
 from vitkd_fast.config import Config
 from vitkd_fast.detection import adaptors
@@ -117,7 +118,9 @@ def test_evaluation_does_not_change_the_student():
 
 def test_the_run_folder_holds_the_run(tmp_path):
     result = distill(teacher(), student(), out=tmp_path, evaluate=real(8), **QUICK)
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "student"}
+    whole = AutoModelForObjectDetection.from_pretrained(tmp_path / "student")
+    assert same(state(whole), state(result.student)) and whole.config.id2label == result.student.config.id2label
     fresh = student()
     fresh.load_state_dict(load_file(tmp_path / "student.safetensors"))
     assert same(state(fresh), state(result.student))
@@ -152,7 +155,7 @@ def test_ctrl_c_leaves_a_usable_student_and_report_and_the_run_goes_on(tmp_path)
     assert result.report.status == "interrupted" and 5 < result.report.steps < 12
     assert result.report.student_map50 is not None
     assert json.loads((tmp_path / "report.json").read_text())["status"] == "interrupted"
-    assert {path.name for path in tmp_path.iterdir()} == {*FILES, SAVED}
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, SAVED, "student"}
     report = distill(teacher(), small, resume=True, **options).report
     assert (report.status, report.steps) == ("completed", 14)
 

@@ -102,6 +102,39 @@ def test_pixels_that_are_no_shares_are_refused_before_the_run(spoil):
         distill(teacher(), student(), evaluate=data, **QUICK)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_pixels_of_any_float(dtype):
+    data = real(2)
+    reports = [
+        distill(teacher(), student(), evaluate=given, **QUICK).report
+        for given in (data, [(pixels.to(dtype), some) for pixels, some in data])
+    ]
+    assert reports[1].teacher_map50 == pytest.approx(reports[0].teacher_map50, abs=0.05)
+
+
+def test_boxes_in_pixels_are_refused_before_the_run():
+    data = [of(some=objects((8.0, 8.0, 4.0, 4.0)))]
+    with pytest.raises(
+        ValueError, match=r"image number 0: boxes with 8 in them; accepted: centres and sizes in \[0, 1\]"
+    ):
+        distill(teacher(), student(), evaluate=data, **QUICK)
+
+
+def test_crowds_of_a_folder_do_not_count(tmp_path):
+    data = [(pixels.mul(255).round() / 255, some) for pixels, some in real(12)]
+    file = coco_folder(tmp_path, data) / "instances.json"
+    content = json.loads(file.read_text())
+    for entry in content["annotations"][::2]:
+        entry["iscrowd"] = 1
+    crowded = json.dumps(content)
+    content["annotations"] = content["annotations"][1::2]
+    found = []
+    for text in (crowded, json.dumps(content)):
+        file.write_text(text)
+        found.append(distill(teacher(), student(), evaluate=tmp_path, **QUICK).report.teacher_map50)
+    assert found[0] > 0.99 > 0.9 > found[1]
+
+
 def test_classes_are_paired_by_name(tmp_path):
     data = [(pixels.mul(255).round() / 255, some) for pixels, some in real(12)]
     known, turned = teacher(), teacher()

@@ -166,6 +166,24 @@ def test_what_the_teacher_hardly_sees_is_not_looked_for():
     assert matched.found.tolist() == [[True, True, False]]
 
 
+def test_where_the_student_has_fewer_queries_the_surest_have_them():
+    """Whatever it costs: one that is hardly there, right where a query is, must not take it from one that surely is."""
+    sureness = torch.tensor([0.06, 0.99, 0.06, 0.5])
+    far, near = torch.tensor([0.9, 0.9, 0.1, 0.1]), torch.tensor([0.1, 0.1, 0.1, 0.1])
+    wanted = Wanted(torch.stack((sureness, 1 - sureness), -1)[None], torch.stack((near, far, near, far))[None])
+    student = View(torch.zeros(1, 2, 2), boxes=torch.stack((near, near))[None])
+    matched = match(student, wanted)
+    assert matched.found.tolist() == [[False, True, False, True]]
+    assert match(View(torch.zeros(1, 5, 2), boxes=random_boxes(1, 5)), wanted).found.all()
+
+
+def test_wanted_of_any_class():
+    wanted = wanted_by(random_view(2, 5, 3), 4)
+    anything = wanted.of_any_class()
+    assert anything.classes.shape == (2, 4, 2) and torch.equal(anything.boxes, wanted.boxes)
+    torch.testing.assert_close(anything.sureness, wanted.sureness)
+
+
 def test_matching_leaves_gradients_on_both_sides():
     student, teacher = random_view(2, 5, 3, seed=1), random_view(2, 5, 3, seed=2)
     for part in (student.logits, student.boxes, teacher.logits, teacher.boxes):

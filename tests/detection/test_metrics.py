@@ -97,6 +97,62 @@ def test_the_hundred_highest_scores_count_without_a_warning():
         assert mean_average_precision([predicted], [objects(LEFT)])["map"] == 1
 
 
+def scattered(images=40, seed=0):
+    """(predicted, real, crowds) as a detector finds them: most objects, a bit beside them, and some that are not."""
+    torch.manual_seed(seed)
+    every = []
+    for _ in range(images):
+        count = int(torch.randint(1, 8, ()))
+        sides = 0.02 + 0.4 * torch.rand(count, 2).square()
+        boxes = torch.cat((sides / 2 + (1 - sides) * torch.rand(count, 2), sides), 1)
+        labels, crowd = torch.randint(3, (count,)), torch.rand(count) < 0.2
+        again = torch.randint(count, (2 * count,))
+        moved = boxes[again] * (1 + 0.03 * torch.randn(2 * count, 4))
+        wrong = torch.where(torch.rand(2 * count) < 0.8, labels[again], torch.randint(3, (2 * count,)))
+        found = Objects(moved, wrong, torch.rand(2 * count))
+        every.append((found, Objects(boxes[~crowd], labels[~crowd]), Objects(boxes[crowd], labels[crowd])))
+    return list(zip(*every))
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_figures_are_those_of_pycocotools(crowded, capsys):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    predicted, real, crowds = scattered()
+    crowds = crowds if crowded else [no_objects()] * len(real)
+    boxes, results = [], []
+    for image, (found, truth, crowd) in enumerate(zip(predicted, real, crowds)):
+        for some, is_crowd in ((truth, 0), (crowd, 1)):
+            for (left, top, right, bottom), label in zip(some.corners(640, 640).tolist(), some.labels.tolist()):
+                box, area = [left, top, right - left, bottom - top], (right - left) * (bottom - top)
+                which = {"id": len(boxes) + 1, "image_id": image, "category_id": label}
+                boxes.append({**which, "bbox": box, "area": area, "iscrowd": is_crowd})
+        for corners, label, score in zip(
+            found.corners(640, 640).tolist(), found.labels.tolist(), found.scores.tolist()
+        ):
+            box = [corners[0], corners[1], corners[2] - corners[0], corners[3] - corners[1]]
+            results.append({"image_id": image, "category_id": label, "bbox": box, "score": score})
+    coco = COCO()
+    images, categories = [{"id": image} for image in range(len(real))], [{"id": label} for label in range(3)]
+    coco.dataset = {"images": images, "categories": categories, "annotations": boxes}
+    coco.createIndex()
+    evaluated = COCOeval(coco, coco.loadRes(results), "bbox")
+    evaluated.evaluate()
+    evaluated.accumulate()
+    evaluated.summarize()
+    found = mean_average_precision(predicted, real, crowds=crowds)
+    assert list(found.values()) == pytest.approx(evaluated.stats[:6].tolist(), abs=1e-7)  # float32
+    assert 0.05 < found["map"] < 0.95
+    capsys.readouterr()
+
+
+def test_what_is_found_in_a_crowd_does_not_count():
+    predicted = [objects(LEFT, RIGHT, RIGHT, scores=[0.5, 0.9, 0.8])]
+    assert mean_average_precision(predicted, [objects(LEFT)])["map"] == pytest.approx(1 / 3)
+    assert mean_average_precision(predicted, [objects(LEFT)], crowds=[objects(RIGHT)])["map"] == 1
+
+
 def test_half_precision_is_measured_too():
     predicted = objects((0.25, 0.5, 0.25, 0.25), scores=[0.5])
     predicted = Objects(predicted.boxes.bfloat16(), predicted.labels, predicted.scores.bfloat16())

@@ -19,6 +19,14 @@ def test_a_teacher_comes_from_a_folder_with_its_weights(tmp_path):
         assert torch.equal(load_teacher(str(tmp_path), Config(task="detection"))(images).logits, saved(images).logits)
 
 
+def test_a_folder_without_a_detectors_heads_is_refused(tmp_path):
+    yolos().vit.save_pretrained(tmp_path)
+    with pytest.raises(
+        RuntimeError, match=r"has no weights of a detector for bbox_predictor.*, …: they would be random"
+    ):
+        load_teacher(str(tmp_path), Config(task="detection"))
+
+
 def test_a_student_is_made_anew_for_the_teachers_images_with_queries_that_differ(tmp_path):
     yolos(classes=7).save_pretrained(tmp_path)
     spec = ImageSpec(24, 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

@@ -41,11 +41,23 @@ def test_objects_that_the_teacher_has_no_class_for_are_left_out_with_a_note():
     assert note == "evaluate: the teacher has no class truck, animals; objects of it are left out"
 
 
-@pytest.mark.parametrize("names", [None, ["LABEL_0", "LABEL_1"], ["one", "two"]])
-def test_where_no_name_is_the_same_the_order_counts_with_a_note(names):
+@pytest.mark.parametrize("names", [None, ["LABEL_0", "LABEL_1"]])
+def test_where_one_side_has_no_names_the_order_counts_with_a_note(names):
     given = scenes("cat", "dog")
     found, note = as_named(given, names)
     assert found is given and note == "evaluate: classes are taken in their order, label 0 is 'cat' and so on"
+
+
+def test_names_that_have_nothing_in_common_are_refused():
+    with pytest.raises(ValueError, match=r"evaluate has classes cat, dog, and the teacher one, two: none is the same"):
+        as_named(scenes("cat", "dog"), ["one", "two"])
+
+
+def test_crowds_are_named_as_objects_are():
+    given = scenes("truck", "cat")
+    given.crowds = given.objects
+    found, _ = as_named(given, ["dog", "cat"])
+    assert found.crowds[0].labels.tolist() == [1]
 
 
 def test_no_classes_are_no_names():
@@ -63,4 +75,11 @@ def test_a_new_student_calls_its_classes_as_its_teacher_does():
     name_classes(named("cat", "dog"), student)
     assert student.config.id2label == {0: "cat", 1: "dog"} and student.config.label2id == {"cat": 0, "dog": 1}
     name_classes(nn.Linear(1, 1), student)
+    assert student.config.id2label == {0: "cat", 1: "dog"}
+    assert name_classes(named("cat", "dog"), student) is None
+
+
+def test_a_student_with_other_names_is_told_the_teachers():
+    student = named("dog", "cat")
+    assert "in the teacher's order" in name_classes(named("cat", "dog"), student)
     assert student.config.id2label == {0: "cat", 1: "dog"}

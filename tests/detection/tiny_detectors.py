@@ -48,27 +48,28 @@ def yolos(
     return model.eval()
 
 
-def detr(queries: int = QUERIES, seed: int = 0, kind: str = "Detr"):
+def detr(queries: int = QUERIES, seed: int = 0, kind: str = "Detr", **options):
     """A DETR, or one of its kin, of (B, 3, 32, 32) images with a timm-free convolutional backbone."""
     transformers = pytest.importorskip("transformers")
     backbone = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
     )
-    config = getattr(transformers, f"{kind}Config")(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
-        backbone_config=backbone,
-        num_queries=queries,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_labels=CLASSES,
-    )
+    sizes = {
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": backbone,
+        "num_queries": queries,
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "num_labels": CLASSES,
+    }
+    config = getattr(transformers, f"{kind}Config")(**sizes | options)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{kind}ForObjectDetection")(config)

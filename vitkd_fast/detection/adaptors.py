@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd_fast.models import unwrapped
 from vitkd_fast.objectives import View
 
 Adaptor = Callable[[Any, Tensor], View]
@@ -41,7 +42,7 @@ def look(model: nn.Module, images: Tensor) -> View:
     Raises:
         ValueError: its output is not understood.
     """
-    known = (ADAPTORS[kind] for kind in type(model).__mro__ if kind in ADAPTORS)
+    known = (ADAPTORS[kind] for kind in type(unwrapped(model)).__mro__ if kind in ADAPTORS)
     view = next(known, of_transformers)(model, images)
     logits, boxes = view.logits, view.boxes
     if boxes is None or logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
@@ -60,7 +61,7 @@ def of_transformers(model: Any, images: Tensor) -> View:
     before a sigmoid where they are as many (Deformable DETR, RT-DETR, …). The tokens are the patches': YOLOS' last, or
     those that an encoder hands to its decoder.
     """
-    output = model(images)
+    output, config = model(images), getattr(unwrapped(model), "config", None)
     logits, boxes = (output.get(name) if isinstance(output, dict) else None for name in ("logits", "pred_boxes"))
     if not isinstance(logits, Tensor) or not isinstance(boxes, Tensor):
         given = f"a dict of {', '.join(map(str, output))}" if isinstance(output, dict) else type(output).__name__
@@ -68,19 +69,40 @@ def of_transformers(model: Any, images: Tensor) -> View:
             f"{type(model).__name__} gives {given}, not an output with logits and pred_boxes as transformers' "
             f"detectors do; {HOW}."
         )
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    classes = getattr(config, "num_labels", None)
     if classes not in (logits.shape[-1], logits.shape[-1] - 1):
         raise ValueError(
             f"{type(model).__name__} gives {logits.shape[-1]} logits per query and its config says {classes} classes, "
             f"so whether one of them is of there being nothing is not known; {HOW}."
         )
     tokens, scores = _patches(output, logits.shape[1]), None
-    queries = getattr(model.config, "num_queries", None)
-    if model.training and logits.shape[1] == getattr(model.config, "group_detr", 1) * (queries or 0):
+    queries = getattr(config, "num_queries", None)
+    if model.training and logits.shape[1] == getattr(config, "group_detr", 1) * (queries or 0):
         logits, boxes = logits[:, :queries], boxes[:, :queries]  # the group that is left when training is over
+    earlier = _earlier(output, config, logits.shape[1])
     if classes == logits.shape[-1]:
         logits, scores = from_sigmoid(logits), logits.sigmoid()
-    return View(logits, tokens, boxes=boxes, scores=scores)
+    return View(logits, tokens, boxes=boxes, scores=scores, earlier=earlier)
+
+
+def _earlier(output: Any, config: Any, queries: int) -> list[View]:
+    """What the encoder proposes as queries, and what all layers of the decoder but the last make of them, where the
+    output has it. Deformable DETR's proposals say by their first logit whether they are anything, and no class."""
+    found = []
+    for names in (("enc_topk_logits", "enc_topk_bboxes"), ("enc_outputs_class", "enc_outputs_coord_logits")):
+        logits, boxes = map(output.get, names)
+        if isinstance(logits, Tensor) and isinstance(boxes, Tensor):  # of RT-DETR and D-FINE the former
+            if getattr(config, "two_stage", False):
+                logits, boxes = logits[..., :1], boxes.sigmoid()
+                surest = logits.topk(min(queries, logits.shape[1]), dim=1).indices
+                logits, boxes = logits.gather(1, surest), boxes.gather(1, surest.expand(-1, -1, 4))
+            # LW-DETR's and RF-DETR's are boxes already, whatever they are called, and those of several groups.
+            found.append((logits[:, :queries], boxes[:, :queries]))
+            break
+    logits, boxes = map(output.get, ("intermediate_logits", "intermediate_reference_points"))
+    if isinstance(logits, Tensor) and isinstance(boxes, Tensor):
+        found += list(zip(logits[:, :-1].unbind(1), boxes[:, :-1].unbind(1)))
+    return [View(from_sigmoid(logits), boxes=boxes) for logits, boxes in found]
 
 
 def _patches(output: Any, queries: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Data in COCO's format: a JSON of images, categories and annotations beside the images."""
 
 import json
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ def read_coco(
     channels: int = 3,
     classes: Sequence[str] | None = None,
 ) -> Scenes:
-    """All images that the JSON names, held in memory; crowds (iscrowd) are left out.
+    """All images that the JSON names, held in memory. Crowds (iscrowd) are kept apart; boxes without an area inside the
+    image are left out.
 
     Args:
         annotations: the JSON.
@@ -51,41 +53,46 @@ def read_coco(
     sizes = [expected or found for expected, found in zip(said, sizes)]
 
     here = {image["id"]: (height, width) for image, (height, width) in zip(content["images"], sizes)}
-    found: dict[Any, list[tuple[list[float], int]]] = defaultdict(list)  # of each image: box and label
+    # Of each image, boxes and labels: of objects, and of crowds.
+    found: dict[tuple[Any, bool], list[tuple[list[float], int]]] = defaultdict(list)
     for entry in content["annotations"]:
         which = f"{annotations}: annotation {entry.get('id')}"
-        if entry.get("image_id") not in here:
+        if not _is_id(entry.get("image_id")) or entry["image_id"] not in here:
             raise ValueError(f"{which} is of image {entry.get('image_id')!r}, which is not among the images.")
-        if entry.get("category_id") not in labels:
+        if not _is_id(entry.get("category_id")) or entry["category_id"] not in labels:
             raise ValueError(
                 f"{which} is of category {entry.get('category_id')!r}; categories: {', '.join(map(str, labels))}."
             )
         label = labels[entry["category_id"]]
-        if label is None or entry.get("iscrowd"):
+        if label is None:
             continue
         height, width = here[entry["image_id"]]
         try:
             x, y, w, h = (float(number) for number in entry.get("bbox", ()))
+            if not (math.isfinite(x + y) and 0 <= w < math.inf and 0 <= h < math.inf):
+                raise ValueError
         except (TypeError, ValueError):
             raise ValueError(f"{which} has bbox {entry.get('bbox')!r}; accepted: [left, top, width, height].") from None
-        found[entry["image_id"]].append(([(x + w / 2) / width, (y + h / 2) / height, w / width, h / height], label))
-    objects = []
-    for image in content["images"]:
-        pairs = found[image["id"]]
-        boxes = torch.tensor([box for box, _ in pairs], dtype=torch.float32).view(-1, 4)
-        try:
-            one = Objects(boxes, torch.tensor([label for _, label in pairs], dtype=torch.int64)).checked(len(names))
-        except ValueError as error:
-            raise ValueError(f"{annotations}: image {image['file_name']}: {error}") from None
-        objects.append(clipped(one))
-    return Scenes(pixels, objects, names, sizes)
+        box = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
+        found[entry["image_id"], bool(entry.get("iscrowd"))].append((box, label))
+    objects, crowds = ([_objects(found[image["id"], crowd]) for image in content["images"]] for crowd in (False, True))
+    return Scenes(pixels, objects, names, sizes, crowds)
+
+
+def _objects(pairs: list[tuple[list[float], int]]) -> Objects:
+    boxes = torch.tensor([box for box, _ in pairs], dtype=torch.float32).view(-1, 4)
+    return clipped(Objects(boxes, torch.tensor([label for _, label in pairs], dtype=torch.int64)))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str)
 
 
 def _content(annotations: Path) -> dict[str, list[dict[str, Any]]]:
     if not annotations.is_file():
         raise FileNotFoundError(f"there is no file of annotations {str(annotations)!r}.")
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(annotations.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{annotations} is not JSON: {error}") from error
     parts = ("images", "categories", "annotations")
@@ -96,24 +103,46 @@ def _content(annotations: Path) -> dict[str, list[dict[str, Any]]]:
         )
     if not content["images"]:
         raise ValueError(f"{annotations} names no images.")
+    for part in parts:
+        for entry in content[part]:
+            if not isinstance(entry, dict):
+                raise ValueError(f"{annotations} has {entry!r} among its {part}; accepted: objects of JSON.")
     for image in content["images"]:
-        if "id" not in image or "file_name" not in image:
+        if not _is_id(image.get("id")) or not isinstance(image.get("file_name"), str):
             raise ValueError(f"{annotations}: image {image} needs an id and a file_name.")
+    _refuse_twins(annotations, "images", content["images"])
     return content
+
+
+def _refuse_twins(annotations: Path, part: str, entries: list[dict[str, Any]]) -> None:
+    """Whose are the annotations of an id that two have?"""
+    twice = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
+    if twice:
+        raise ValueError(f"{annotations} has several {part} with the id {twice[0]!r}; give each its own.")
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     """(height, width), where the JSON says."""
     height, width = image.get("height"), image.get("width")
-    return (int(height), int(width)) if height and width else None
+    if not height or not width:
+        return None
+    try:
+        return int(height), int(width)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"image {image['file_name']} is {height!r} high and {width!r} wide; accepted: pixels."
+        ) from None
 
 
 def _labels(
     annotations: Path, categories: list[dict[str, Any]], classes: Sequence[str] | None
 ) -> tuple[list[str], dict[Any, int | None]]:
     """The classes' names, and each category's label: None where its objects are left out."""
-    if any("id" not in category or "name" not in category for category in categories):
+    if any(not _is_id(category.get("id")) or "name" not in category for category in categories):
         raise ValueError(f"{annotations}: every category needs an id and a name.")
+    _refuse_twins(annotations, "categories", categories)
+    if len({type(category["id"]) for category in categories}) > 1:
+        raise ValueError(f"{annotations}: the ids of its categories are partly numbers, partly text; make them one.")
     known = {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
     if classes is None:
         return list(known.values()), {key: label for label, key in enumerate(known)}

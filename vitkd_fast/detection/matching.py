@@ -28,6 +28,10 @@ class Wanted:
         """(B, M) probability that there is an object."""
         return 1 - self.classes[..., -1]
 
+    def of_any_class(self) -> "Wanted":
+        """The same with one class: an object."""
+        return Wanted(torch.stack((self.sureness, self.classes[..., -1]), -1), self.boxes)
+
 
 def wanted_by(teacher: View, most: int) -> Wanted:
     """The `most` queries of a teacher that are surest of an object, as soft labels."""
@@ -61,10 +65,14 @@ class Matched:
 
 
 def match(student: View, wanted: Wanted) -> Matched:
-    """The student's queries assigned to what is wanted; the choice itself has no gradient."""
+    """The student's queries assigned to what is wanted, the surest if it is more than they are; the choice itself has
+    no gradient."""
     assert student.boxes is not None
     log_p, boxes = student.logits.float().log_softmax(-1), student.boxes.float()
-    queries, found = assign(costs(log_p.detach().exp(), boxes.detach(), wanted), wanted.sureness > SEEN)
+    # What is hardly there must not take a query from what surely is: the cost does not know one from the other.
+    surest = wanted.sureness.topk(min(boxes.shape[1], wanted.boxes.shape[1])).indices
+    sought = torch.zeros_like(wanted.sureness, dtype=torch.bool).scatter(1, surest, True) & (wanted.sureness > SEEN)
+    queries, found = assign(costs(log_p.detach().exp(), boxes.detach(), wanted), sought)
     return Matched(wanted, queries, found, log_p, boxes)
 
 

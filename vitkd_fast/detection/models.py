@@ -28,9 +28,15 @@ def load_teacher(teacher: nn.Module | str, config: Config) -> nn.Module:
     with extra():
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
     try:
-        model: Any = AutoModelForObjectDetection.from_pretrained(teacher)
+        loaded: Any = AutoModelForObjectDetection.from_pretrained(teacher, output_loading_info=True)
     except Exception as error:  # hub, network and file errors share no base class
         raise RuntimeError(f"No detector {teacher!r}: {_first_line(error)}. {ACCEPTED}") from error
+    model, info = loaded
+    if lacking := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
+        raise RuntimeError(
+            f"{teacher!r} has no weights of a detector for {', '.join(lacking[:3])}{', …' * (len(lacking) > 3)}: they "
+            f"would be random. {ACCEPTED}"
+        )
     try:
         processor = AutoImageProcessor.from_pretrained(teacher)
     except Exception:  # a model saved without one: mean= and std= say it, or those of timm's default hold

@@ -1,5 +1,7 @@
 """What a detecting student can minimise, and a generator that makes images for it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,35 +10,53 @@ from vitkd_fast.detection.matching import Matched, Wanted, match, wanted_by
 from vitkd_fast.objectives import Scene, generator_objective, student_objective
 from vitkd_fast.pair import Pair
 
-MOST = 100  # queries of a teacher that can be looked for in one image
+MOST = 100  # queries of a teacher that are looked at in one image, or more if the student has more
 ASKED = 4  # objects that an image is asked to show, at most
 
 
 def matched(scene: Scene) -> Matched:
     """The student's queries, each with what it should find of what the teacher finds; worked out once for a scene."""
     if "matched" not in scene.shared:
-        assert scene.student is not None
-        scene.shared["matched"] = match(scene.student, wanted_by(scene.teacher, MOST))
+        assert scene.student is not None and scene.student.boxes is not None
+        most = max(MOST, scene.student.boxes.shape[1])
+        scene.shared["matched"] = match(scene.student, wanted_by(scene.teacher, most))
     return scene.shared["matched"]
+
+
+def sets(scene: Scene) -> list[Matched]:
+    """The student's predictions and those that it makes on the way to them, of which the same is asked."""
+    if "sets" not in scene.shared:
+        last = matched(scene)
+        assert scene.student is not None
+        of_any_class = last.wanted.of_any_class()
+        scene.shared["sets"] = [last] + [
+            match(view, last.wanted if view.logits.shape[-1] == last.log_p.shape[-1] else of_any_class)
+            for view in scene.student.earlier
+        ]
+    return scene.shared["sets"]
 
 
 @student_objective("boxes")
 def found(scene: Scene) -> Tensor:
     """KL of the classes of matched queries, and of finding nothing for all others (Carion et al. 2020; Chang et al.
     2023, DETRDistill)."""
-    return set_losses.classes_loss(matched(scene))
+    return _sum(set_losses.classes_loss, scene)
 
 
 @student_objective("boxes")
 def placed(scene: Scene) -> Tensor:
     """L1 distance of matched boxes (Carion et al. 2020)."""
-    return set_losses.boxes_loss(matched(scene))
+    return _sum(set_losses.boxes_loss, scene)
 
 
 @student_objective("boxes")
 def overlap(scene: Scene) -> Tensor:
     """1 − generalised IoU of matched boxes (Rezatofighi et al. 2019)."""
-    return set_losses.giou_loss(matched(scene))
+    return _sum(set_losses.giou_loss, scene)
+
+
+def _sum(loss: Callable[[Matched], Tensor], scene: Scene) -> Tensor:
+    return torch.stack([loss(each) for each in sets(scene)]).sum()
 
 
 @student_objective("boxes")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vitkd_fast.detection.objects import Objects
+from vitkd_fast.detection.objects import Objects, no_objects
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of so many channels
 
@@ -21,7 +21,12 @@ class Scenes(Dataset[tuple[Tensor, Objects]]):
     """Item i is its pixels, (C, H, W) float32 in [0, 1], and its objects."""
 
     def __init__(
-        self, pixels: Tensor, objects: Sequence[Objects], classes: Sequence[str], sizes: Sequence[tuple[int, int]]
+        self,
+        pixels: Tensor,
+        objects: Sequence[Objects],
+        classes: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        crowds: Sequence[Objects] | None = None,
     ) -> None:
         self.pixels = pixels
         """(N, C, H, W) uint8: stretched to one size."""
@@ -30,6 +35,8 @@ class Scenes(Dataset[tuple[Tensor, Objects]]):
         """Their names, in the order of the labels."""
         self.sizes = list(sizes)
         """(height, width) in pixels of each original."""
+        self.crowds = [no_objects() for _ in self.objects] if crowds is None else list(crowds)
+        """Places of each image with more objects than anybody has counted."""
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -20,6 +20,7 @@ from vitkd_fast.detection.objects import Objects
 from vitkd_fast.detection.pictures import side_by_side
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.layout import Layout
+from vitkd_fast.models import unwrapped
 from vitkd_fast.objectives import Scene, View
 from vitkd_fast.pair import Pair
 from vitkd_fast.tasks import Classification, of_likeliest
@@ -62,9 +63,18 @@ class Detection(Classification):
         return classes, classes + 1, 4
 
     def layout(self, model: nn.Module, count: int, spec: ImageSpec) -> Layout:
-        """Patches alone, on the grid that has the image's proportions, if there is one."""
-        rows = max(1, round((count * spec.height / spec.width) ** 0.5))
-        return Layout(count, grid=(rows, count // rows) if count % rows == 0 else None)
+        """Patches alone, on the grid that they make with the sides that the model says, or with one whole side in both
+        directions; tokens of several scales are on none."""
+        patch = getattr(getattr(unwrapped(model), "config", None), "patch_size", None)
+        for side in [patch] if patch else range(1, max(spec.height, spec.width) + 1):
+            down, across = (side, side) if isinstance(side, int) else side
+            for grid in (
+                (spec.height // down, spec.width // across),
+                (-(-spec.height // down), -(-spec.width // across)),  # of convolutions, which pad
+            ):
+                if grid[0] * grid[1] == count:
+                    return Layout(count, grid=grid)
+        return Layout(count)
 
     def agreement(self, scene: Scene) -> Tensor:
         """Of the objects that either is sure of, how many both see alike: 2 · both / (teacher's + student's), in
@@ -92,6 +102,7 @@ class Detection(Classification):
             ValueError: there is nothing in it, its images are not the teacher's, or objects are not sound.
         """
         spec = pair.spec
+        note = None
         if data is None:
             return None
         if isinstance(data, str | Path):
@@ -117,11 +128,20 @@ class Detection(Classification):
                     f"{scene[0].min():.4g} to {scene[0].max():.4g} as number {index}; accepted: floats from 0 to 1."
                 )
             try:
-                count += len(scene[1].checked(pair.classes))
+                objects = scene[1].checked(pair.classes)
             except ValueError as error:
                 raise ValueError(f"evaluate, image number {index}: {error}") from None
+            count += len(objects)
+            if len(objects) and (largest := objects.boxes.abs().amax().item()) > FURTHEST:
+                raise ValueError(
+                    f"evaluate, image number {index}: boxes with {largest:.4g} in them; accepted: centres and sizes in "
+                    f"[0, 1] of the image's sides, see from_corners in vitkd_fast.detection.adaptors."
+                )
         if not count:
-            raise ValueError(f"evaluate has no object in its {len(data)} images, so there is no precision to measure.")
+            raise ValueError(
+                f"evaluate has no object in its {len(data)} images, so there is no precision to measure."
+                + (f" ({note})" if note else "")
+            )
         return data
 
     def evaluate(self, pair: Pair, config: Config, data: Any) -> dict[str, Any]:
@@ -131,18 +151,18 @@ class Detection(Classification):
         counts = torch.zeros(2, dtype=torch.int64)
         with torch.no_grad():
             for start in range(0, len(data), BATCH):
-                pixels = torch.stack([data[index][0] for index in range(start, min(start + BATCH, len(data)))])
+                pixels = torch.stack([data[index][0].float() for index in range(start, min(start + BATCH, len(data)))])
                 images = spec.normalised(pixels.to(pair.device))
                 scene = self._scene(pair, config, images)
                 assert scene.student is not None
                 found["teacher"] += objects_of(scene.teacher)
                 found["student"] += objects_of(scene.student)
                 counts += torch.stack(_seen_alike(scene)).cpu()
-        sizes = data.sizes if isinstance(data, Scenes) else None
+        sizes, crowds = (data.sizes, data.crowds) if isinstance(data, Scenes) else (None, None)
         both, total = counts.tolist()
         figures: dict[str, Any] = {"agreement": 2 * both / total if total else 1.0}
         for role, objects in found.items():
-            precision = mean_average_precision(objects, real, sizes)
+            precision = mean_average_precision(objects, real, sizes, crowds)
             figures |= {f"{role}_{name}": precision[name] for name in ("map", "map50")}
         return figures
 

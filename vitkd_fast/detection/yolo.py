@@ -80,7 +80,7 @@ def _names(folder: Path) -> list[str] | None:
             with extra():
                 import yaml
             try:
-                content = yaml.safe_load((place / "data.yaml").read_text(encoding="utf-8"))
+                content = yaml.safe_load((place / "data.yaml").read_text(encoding="utf-8-sig"))
             except yaml.YAMLError as error:
                 raise ValueError(f"{place / 'data.yaml'} is not YAML: {error}") from error
             names = content.get("names") if isinstance(content, dict) else None
@@ -90,6 +90,8 @@ def _names(folder: Path) -> list[str] | None:
                 raise ValueError(
                     f"{place / 'data.yaml'} has names {names!r}; accepted: a list, or one name for each of 0, 1, 2 ..."
                 )
+            if odd := [name for name in names if not isinstance(name, str | int | float) or isinstance(name, bool)]:
+                raise ValueError(f"{place / 'data.yaml'} has {odd[0]!r} among its names; put names like yes in quotes.")
             return [str(name) for name in names]
         if (place / "classes.txt").is_file():
             return [name for name in map(str.strip, _lines(place / "classes.txt")) if name]
@@ -125,6 +127,6 @@ def _objects(text: Path, names: list[str] | None) -> tuple[torch.Tensor, list[in
 
 def _lines(text: Path) -> list[str]:
     try:
-        return text.read_text(encoding="utf-8").splitlines()
+        return text.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{text} is not UTF-8 text: {error}") from error
