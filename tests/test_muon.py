@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vitkd_fast import muon
 from vitkd_fast.guard import PEAK, GuardedOptimizer
 from vitkd_fast.muon import ROOT_MEAN_SQUARE, Muon, hidden_matrices, orthogonalised
 
@@ -23,6 +24,19 @@ def test_singular_values_become_alike_and_vectors_stay(shape, size):
     found = inside.diagonal(dim1=-2, dim2=-1)
     assert 0.6 < found.min() and found.max() < 1.3
     assert (inside - torch.diag_embed(found)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (3, 192, 96), (2, 3, 96, 96), (63, 200)])
+def test_bfloat16_where_a_cpu_gains_by_it(shape, monkeypatch):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    monkeypatch.setattr(muon, "has_bfloat16_products", lambda: False)
+    exact = orthogonalised(matrices)
+    monkeypatch.setattr(muon, "has_bfloat16_products", lambda: True)
+    found = orthogonalised(matrices)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, exact) is (min(shape[-2:]) < 64)
+    assert (found - exact).norm() < 0.02 * exact.norm()
 
 
 def test_nothing_stays_nothing():

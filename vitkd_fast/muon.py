@@ -1,6 +1,7 @@
 """Muon: steps along the momentum of a matrix with all its singular values made alike (Jordan et al. 2024)."""
 
 from collections.abc import Collection, Iterable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 MOMENTUM = 0.95
 ROOT_MEAN_SQUARE = 1.0  # of a step, in learning rates; of Adam's it is 0.2 to 0.4 (Liu et al. 2025, arXiv 2502.16982)
 QUINTIC = (3.4445, -4.7750, 2.0315)  # x ↦ a x + b x³ + c x⁵ five times over brings (0, 1] near 1 (Jordan et al. 2024)
+LEAST_SIDE = 64  # of matrices that a CPU multiplies in bfloat16: 3 to 4 times as fast as float32 on Zen 5, below slower
 
 
 class Muon:
@@ -52,13 +54,26 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     a, b, c = QUINTIC
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
-    if x.is_cuda:
+    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
+    if x.is_cuda or (x.is_cpu and x.shape[1] >= LEAST_SIDE and has_bfloat16_products()):
         x = x.bfloat16()  # its errors are far below what the polynomial leaves
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(matrices.dtype).view(shape)
+    return x if wide else x.mT
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    try:
+        from vitkd_fast import _facts
+    except ImportError:
+        return False
+    cpu = _facts.cpu()
+    return torch.backends.mkldnn.is_available() and (cpu["avx512_bf16"] or cpu["amx_bf16"])
 
 
 def hidden_matrices(model: nn.Module, channels: int, outputs: Collection[int]) -> list[Tensor]:
