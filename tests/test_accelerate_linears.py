@@ -69,15 +69,30 @@ def test_elsewhere_nothing_is_switched(monkeypatch):
     assert type(net[0]) is nn.Linear
 
 
-def test_a_layer_parametrized_since_is_left_alone(gains):
+def test_a_layer_parametrized_since_is_torchs_again(gains, convolved):
     net = model()
     accelerate(net)
-    nn.utils.parametrizations.weight_norm(net[0])
+    for layer in (net[0], net[2]):
+        nn.utils.parametrizations.weight_norm(layer)
     x = torch.randn(5, 8)
     before = net(x)
+    assert len(convolved) == 2
     decelerate(net)
     torch.testing.assert_close(net(x), before)
-    assert type(net[2]) is nn.Linear
+    assert len(convolved) == 2
+    for layer in (net[0], net[2]):
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+        assert type(layer) is nn.Linear
+    torch.testing.assert_close(net(x), before)
+
+
+def test_vectorised_jacobians(gains):
+    """By autograd's own vmap, of which torch.func knows nothing."""
+    net, x, seed = nn.Linear(8, 16), torch.randn(5, 8, requires_grad=True), torch.randn(3, 5, 16)
+    (expected,) = torch.autograd.grad(net(x), x, seed, is_grads_batched=True)
+    accelerate(net)
+    (found,) = torch.autograd.grad(net(x), x, seed, is_grads_batched=True)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_doctor_knows(gains):

@@ -49,6 +49,27 @@ def test_qk_norm_hooks_see_timms_layout():
     assert shapes == [(2, 3, 17, 16)] * 2
 
 
+class Doubling(nn.Identity):
+    def forward(self, input):
+        return 2 * input
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass", "forward of its own"])
+def test_a_norm_that_is_an_identity_in_name_only_counts(kind):
+    block = attention_block()
+    plain = block(tokens())
+    if kind == "hook":
+        block.q_norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif kind == "subclass":
+        block.q_norm = Doubling()
+    else:
+        block.q_norm.forward = lambda input: 2 * input
+    expected = block(tokens())
+    assert not torch.allclose(plain, expected)
+    accelerate(block)
+    torch.testing.assert_close(block(tokens()), expected)
+
+
 def through_torch_save(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)

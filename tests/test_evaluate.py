@@ -49,6 +49,57 @@ def test_a_folder_of_images_is_normalised_as_the_teacher_wants(tmp_path):
     assert (images[0] == -1).all() and (images[1] == 1).all()
 
 
+def folder_of(path, *names, size=(8, 6)):
+    from PIL import Image
+
+    for name in names:
+        (path / name).mkdir()
+        Image.new("RGB", size).save(path / name / "1.png")
+    return path
+
+
+@pytest.mark.parametrize("names", ["abc", "abcde"])
+def test_a_folder_has_a_subfolder_for_each_class(names, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"has {len(names)} subfolders, and the teacher knows 4 classes; each needs one"
+    ):
+        tried(Fixed(0), folder_of(tmp_path, *names), SPEC, CPU)
+
+
+def test_a_class_without_images_has_an_empty_folder(tmp_path):
+    folder_of(tmp_path, "a", "c", "d")
+    (tmp_path / "b").mkdir()
+    data = tried(Fixed(0), tmp_path, SPEC, CPU)
+    assert [labels.tolist() for _, labels in data] == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize("label", [-1, 4, 57])
+def test_labels_are_the_teachers_classes(label):
+    batches = [(torch.zeros(1, 3, 4, 4), torch.tensor([each])) for each in (0, label)]
+    with pytest.raises(ValueError, match=r"1 labels that are no class of the teacher's, 0 to 3"):
+        evaluate_pair(Fixed(0), Fixed(1), batches, SPEC)
+    with pytest.raises(ValueError, match=rf"labels from {label} to {label}; accepted: the teacher's classes, 0 to 3"):
+        tried(Fixed(0), batches[::-1], SPEC, CPU)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    from PIL import Image
+
+    folder_of(tmp_path, *"abcd", size=(64, 64))
+    bad = tmp_path / "b" / "2.jpg"
+    bad.write_text("no image")
+    with pytest.raises(ValueError, match=r"b/2\.jpg cannot be read as an image"):
+        tried(Fixed(0), tmp_path, SPEC, CPU)
+    whole = (tmp_path / "a" / "1.png").read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"b/2\.jpg cannot be read as an image"):
+        tried(Fixed(0), tmp_path, SPEC, CPU)
+    Image.new("I;16", (8, 8)).save(bad.with_suffix(".png"))
+    bad.unlink()
+    with pytest.raises(ValueError, match=r"b/2\.png has more than 8 bits per channel"):
+        tried(Fixed(0), tmp_path, SPEC, CPU)
+
+
 def test_nothing_to_evaluate_and_wrong_kinds(tmp_path):
     with pytest.raises(ValueError, match="yielded no images"):
         evaluate_pair(Fixed(0), Fixed(1), [], SPEC)

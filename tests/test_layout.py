@@ -4,10 +4,12 @@ import pytest
 import torch
 from tiny import CLASSES, SIZE, tiny_student, tiny_teacher
 
+from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.layout import Layout, align, layout_of, why_not_aligned
 from vitkd_fast.models import forward
+from vitkd_fast.pair import make_pair
 
 QUICK = {"batch_size": 16, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 SPEC = ImageSpec(SIZE, SIZE, (0.5,), (0.5,))
@@ -171,3 +173,13 @@ def test_a_register_is_no_class_token():
     left, right = align(own, others, CLASS_4, register)
     assert torch.equal(left, own[:, 1:]) and torch.equal(right, others[:, 1:])
     assert why_not_aligned(CLASS_4, register, resize=False) is None
+
+
+@pytest.mark.parametrize("name", ["vitamin_small_224", "vit_tiny_patch16_224"])
+def test_patches_of_hybrid_vits_are_as_large_as_their_convolutions_make_them(name):
+    timm = pytest.importorskip("timm")
+    for side, whole in ((64, True), (72, False)):
+        options = {"img_size": side, "num_classes": CLASSES, "in_chans": 1}
+        teacher = timm.create_model(name, **options)
+        pair = make_pair(teacher, tiny_student(), Config(image_size=(side, side)), torch.device("cpu"))
+        assert pair.whole_patches is whole

@@ -107,8 +107,10 @@ def decelerate(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
         elif isinstance(module, _FastGELU):
             module.__class__ = nn.GELU  # type: ignore[assignment]
-        elif type(module) is _FastLinear:  # not one that was parametrized since
+        elif type(module) is _FastLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
+        elif type(module).__bases__ == (_FastLinear,):  # the class that torch made of it alone, to parametrize it
+            type(module).__bases__ = (nn.Linear,)
         elif is_of_transformers(module) and getattr(module, "act", None) is ops.gelu:
             module.act = F.gelu
     switch_back(model)
@@ -134,7 +136,7 @@ class _FusedAttention(nn.Module):
         if masked or dropped or not getattr(self, "fused_attn", True):
             return super().forward(x, *args, **kwargs)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
-        if not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)):
+        if not (_is_nothing(self.q_norm) and _is_nothing(self.k_norm)):
             qkv = self._normalise(qkv)
         out = ops.attention(qkv)  # (B, N, H*D), with the scale that timm leaves to torch's attention, D ** -0.5
         norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
@@ -202,6 +204,14 @@ def _fused_class(base: type) -> type:
 
 def _rebuild(base: type) -> nn.Module:
     return object.__new__(_fused_class(base))
+
+
+def _is_nothing(module: nn.Module) -> bool:
+    """Whether it may be left out: torch's Identity, to which nobody listens."""
+    if type(module) is not nn.Identity or "forward" in vars(module):
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks)
 
 
 def _dropout(module: nn.Module) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_fast.generator import ImageSpec
+from vitkd_fast.models import logits_of
 
 NOTHING = "evaluate yielded no images; give batches of (images, labels) that can be iterated again."
 Evaluation = Iterable[tuple[Tensor, Tensor]] | Callable[[nn.Module], float] | str | Path
@@ -26,18 +27,23 @@ def evaluate_pair(teacher: nn.Module, student: nn.Module, data: Evaluation, spec
         return {**shares, "agreement": None}
     batches = image_folder(Path(data), spec) if isinstance(data, str | Path) else data
     device = next(student.parameters()).device
-    right_teacher = right_student = alike = torch.zeros((), device=device)
-    total = 0
+    right_teacher = right_student = alike = unknown = torch.zeros((), device=device)
+    total = classes = 0
     with torch.no_grad():
         for batch in batches:
             images, labels = (part.to(device) for part in _images_and_labels(batch))
-            by_teacher, by_student = teacher(images).argmax(-1), student(images).argmax(-1)
+            logits = [logits_of(model(images)) for model in (teacher, student)]
+            by_teacher, by_student = (each.argmax(-1) for each in logits)
+            classes = logits[0].shape[-1]
+            unknown = unknown + ((labels < 0) | (labels >= classes)).sum()
             right_teacher = right_teacher + (by_teacher == labels).sum()
             right_student = right_student + (by_student == labels).sum()
             alike = alike + (by_teacher == by_student).sum()
             total += len(labels)
     if total == 0:
         raise ValueError(NOTHING)
+    if unknown:
+        raise ValueError(f"evaluate has {int(unknown)} labels that are no class of the teacher's, 0 to {classes - 1}.")
     return {
         "teacher_accuracy": right_teacher.item() / total,
         "student_accuracy": right_student.item() / total,
@@ -87,9 +93,20 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
         first = next(beginning, None)
         if first is None:
             raise ValueError(NOTHING)
-        images, _ = _images_and_labels(first)
+        images, labels = _images_and_labels(first)
         with torch.no_grad():
-            teacher(images.to(device))
+            classes = logits_of(teacher(images.to(device))).shape[-1]
+        folders = getattr(getattr(batches, "dataset", None), "classes", None) if isinstance(data, str | Path) else None
+        if folders is not None and len(folders) != classes:
+            raise ValueError(
+                f"evaluate={str(data)!r} has {len(folders)} subfolders, and the teacher knows {classes} classes; each "
+                f"needs one, be it empty, and sorted by name they are to be in the order of its classes."
+            )
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(
+                f"evaluate has labels from {labels.min()} to {labels.max()}; accepted: the teacher's classes, 0 to "
+                f"{classes - 1}."
+            )
     return batches
 
 
@@ -134,7 +151,26 @@ def image_folder(folder: Path, spec: ImageSpec) -> Iterable[tuple[Tensor, Tensor
             transforms.Normalize(spec.mean, spec.std),
         ]
     )
-    return torch.utils.data.DataLoader(datasets.ImageFolder(str(folder), transform), batch_size=64)
+    images = datasets.ImageFolder(str(folder), transform, loader=_read, allow_empty=True)
+    return torch.utils.data.DataLoader(images, batch_size=64)
+
+
+def _read(path: str) -> Any:
+    """An RGB image.
+
+    Raises:
+        ValueError: it is none, or of more than 8 bits, which Pillow would make white.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError) as error:  # Pillow's for unknown formats, cut-off files and broken PNGs
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{path} has more than 8 bits per channel; convert it to 8.")
+    return image.convert("RGB")
 
 
 def _covering(image: Any, spec: ImageSpec) -> Any:
@@ -150,4 +186,4 @@ def _covering(image: Any, spec: ImageSpec) -> Any:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images, in [0, 1], that the model classifies as labelled."""
     with torch.no_grad():
-        return (model(images).argmax(-1) == labels).sum().item() / len(labels)
+        return (logits_of(model(images)).argmax(-1) == labels).sum().item() / len(labels)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vitkd_fast.generator import ImageSpec
 
+MOST_PREFIX = 16  # a class token, one for distillation and registers: more are no such tokens
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -28,6 +30,8 @@ def layout_of(model: Any, count: int, spec: ImageSpec) -> Layout:
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     has_class = prefix > 0 and getattr(model, "cls_token", None) is not None
     patch_embed: Any = getattr(model, "patch_embed", None)
+    if patch_embed is None:
+        return _of_transformers(model, count, spec)
     if hasattr(patch_embed, "dynamic_feat_size"):
         grid = patch_embed.dynamic_feat_size((spec.height, spec.width))
     else:
@@ -36,6 +40,21 @@ def layout_of(model: Any, count: int, spec: ImageSpec) -> Layout:
     if not grid or prefix + grid[0] * grid[1] != count:
         return Layout(count)
     return Layout(count, prefix, has_class, (int(grid[0]), int(grid[1])))
+
+
+def _of_transformers(model: Any, count: int, spec: ImageSpec) -> Layout:
+    """What a config of transformers says; its ViTs, too, have their patches last."""
+    side = getattr(getattr(model, "config", None), "patch_size", None)
+    if side is None:
+        return Layout(count)
+    down, across = (side, side) if isinstance(side, int) else side
+    rows, columns = spec.height // down, spec.width // across
+    prefix = count - rows * columns
+    if not 0 <= prefix <= MOST_PREFIX:
+        return Layout(count)
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    has_class = prefix > 0 and getattr(embeddings, "cls_token", None) is not None
+    return Layout(count, prefix, has_class, (rows, columns))
 
 
 def same_places(student: Layout, teacher: Layout) -> bool:

@@ -133,24 +133,35 @@ def student_image_spec(student: nn.Module, teacher: nn.Module, spec: ImageSpec) 
 
 def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits (B, classes) of the model as it is called, with its hooks and a forward of its own; and, where that goes
-    through timm's forward_features, the last tokens (B, N, D), else None.
+    through timm's forward_features or a classifier of transformers, the last tokens (B, N, D), else None.
 
     Where a model in training gives the logits of two heads, as timm's DeiT after set_distilled_training, they are
     averaged: so they are in eval mode.
     """
     with _features_recorded(model) as seen:
-        logits = model(images)
+        logits = logits_of(model(images))
     features = seen[-1] if seen else None
     if isinstance(logits, tuple) and len(logits) == 2 and model.training:
         logits = (logits[0] + logits[1]) / 2
     return logits, features if isinstance(features, Tensor) and features.dim() == 3 else None
 
 
+def logits_of(output: Any) -> Any:
+    """What a classifier gives, of those of transformers the logits in it."""
+    return output["logits"] if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor) else output
+
+
 @contextmanager
 def _features_recorded(model: Any) -> Iterator[list[Any]]:
-    """What the model's forward_features, a method or a module, returns while the model is called."""
+    """What the model's forward_features, a method or a module, returns while the model is called; of a classifier of
+    transformers the last hidden states."""
     seen: list[Any] = []
     method = getattr(model, "forward_features", None)
+    base = getattr(model, "base_model", None)
+    if method is None and isinstance(base, nn.Module) and base is not model:
+        with base.register_forward_hook(lambda module, given, returned: seen.append(_last_hidden_state(returned))):
+            yield seen
+        return
     if isinstance(method, nn.Module):
         with method.register_forward_hook(lambda module, given, returned: seen.append(returned)):
             yield seen
@@ -173,6 +184,10 @@ def _features_recorded(model: Any) -> Iterator[list[Any]]:
             model.forward_features = method
         else:
             del model.forward_features
+
+
+def _last_hidden_state(output: Any) -> Any:
+    return output.get("last_hidden_state") if isinstance(output, Mapping) else None
 
 
 def digest(model: nn.Module) -> str:

@@ -66,7 +66,9 @@ class Pair:
     def whole_patches(self) -> bool:
         """Whether the teacher's patches cover its images, with nothing left at the edges."""
         sides = self.spec.height, self.spec.width
-        size = getattr(getattr(self.teacher, "patch_embed", None), "patch_size", None)
+        patch_embed = getattr(self.teacher, "patch_embed", None)
+        # of a hybrid ViT patch_size counts what its convolutions leave
+        size = getattr(patch_embed, "feat_ratio", lambda **_: getattr(patch_embed, "patch_size", None))(as_scalar=False)
         if size is None:
             return all(side % patches == 0 for side, patches in zip(sides, self.grid))
         size = (size, size) if isinstance(size, int) else size

@@ -36,10 +36,10 @@ def switch(model: nn.Module) -> tuple[list[str], dict[str, str], list[str]]:
 
 
 def switch_back(model: nn.Module) -> None:
-    """To torch's attention, whatever of `model` runs on ours."""
+    """To torch's attention, whatever of `model` still runs on ours."""
     module: Any
     for module in model.modules():
-        if vars(module).pop("vitkd_registration", None):
+        if vars(module).pop("vitkd_registration", None) and module.config._attn_implementation == NAME:
             module.config._attn_implementation = {"": "sdpa"}
 
 

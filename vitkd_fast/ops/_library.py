@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("vitkd", "DEF")
 TRITON = torch.library.Library("vitkd_triton", "DEF")
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 Below = torch._C._AutoDispatchBelowAutograd
 """A context in which an op goes to its kernel without the Python function that `differentiate` puts before it."""
 OPS: list[str] = []  # the names of all that is defined
@@ -56,6 +57,8 @@ def is_plain(*tensors: Tensor) -> bool:
         return False
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return False
+        if _is_batched(tensor):  # by autograd's own vmap (is_grads_batched)
             return False
     return True
 

@@ -1,0 +1,82 @@
+"""Classifiers of transformers as teachers and students: logits, last tokens and their grid, evaluation."""
+
+import pytest
+import torch
+from tiny import CLASSES, QUICK, SIZE
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from vitkd_fast.distill import distill
+from vitkd_fast.generator import ImageSpec
+from vitkd_fast.layout import Layout, layout_of
+from vitkd_fast.models import forward
+
+SIZES = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": SIZE,
+    "patch_size": 4, "num_channels": 1, "num_labels": CLASSES,
+}  # fmt: skip
+SPEC = ImageSpec(SIZE, SIZE, (0.5,), (0.5,))
+
+
+def timm_vit(width):
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    return timm.VisionTransformer(
+        img_size=SIZE, patch_size=4, in_chans=1, num_classes=CLASSES, embed_dim=width, depth=1, num_heads=2
+    )
+
+
+def classifier(kind="ViT", **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES | options)
+    return getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "layout"),
+    [
+        ("ViT", {}, Layout(5, 1, True, (2, 2))),
+        ("DeiT", {}, Layout(6, 2, True, (2, 2))),
+        ("Dinov2WithRegisters", {"num_register_tokens": 3}, Layout(8, 4, True, (2, 2))),
+    ],
+)
+def test_logits_tokens_and_grid_are_seen(kind, options, layout):
+    model = classifier(kind, **options)
+    images = torch.randn(3, 1, SIZE, SIZE)
+    with torch.no_grad():
+        logits, tokens = forward(model, images)
+        torch.testing.assert_close(logits, model(images).logits)
+    assert tokens.shape == (3, layout.count, 16)
+    assert layout_of(model, tokens.shape[1], SPEC) == layout
+
+
+def test_tokens_that_are_no_plain_grid_have_none():
+    model = classifier()
+    for count in (3, 40):
+        assert layout_of(model, count, SPEC) == Layout(count)
+
+
+@pytest.mark.parametrize("roles", ["teacher", "student", "both"])
+def test_distills(roles):
+    teacher = timm_vit(16) if roles == "student" else classifier()
+    student = timm_vit(8) if roles == "teacher" else classifier(hidden_size=8, num_hidden_layers=1)
+    labels = torch.arange(8) % CLASSES
+    batches = [(torch.randn(8, 1, SIZE, SIZE), labels)]
+    result = distill(teacher, student, steps=4, evaluate=batches, **QUICK)
+    assert {"logits", "tokens"} <= result.history[-1].keys()
+    assert not [note for note in result.report.notes if "is off" in note]
+    assert 0 <= result.report.student_accuracy <= 1 and 0 <= result.report.agreement <= 1
+
+
+def test_outputs_of_other_kinds_say_what_to_do():
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = timm_vit(8)
+
+        def forward(self, images):
+            return {"classes": self.inner(images)}
+
+    with pytest.raises(ValueError, match=r"gives dict for two images; .* Wrap it so that it gives them alone"):
+        distill(Pair(), timm_vit(8), steps=2, image_size=(SIZE, SIZE), channels=1, **QUICK)
