@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 
 from environment import find_torch
 
@@ -38,6 +41,15 @@ CXX_FLAGS = (
 
 # Ampere, Ada (which runs code for 8.6), Hopper, Blackwell; PTX for what comes after.
 CUDA_ARCHITECTURES = "8.0 8.6 9.0 10.0 12.0+PTX"
+GENERATIONS = {  # torch's names for some, from Turing on
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0 8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+}
 
 
 class BuildError(SystemExit):
@@ -64,8 +76,8 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
     if shutil.which(cxx.split()[0]) is None:
         raise BuildError(f"There is no C++ compiler {cxx!r}: install g++ or clang++, or name yours in CXX.")
     nvcc = find_nvcc()
-    torch_headers = f"-isystem {torch.root}/include -DTORCH_TARGET_VERSION={TORCH_TARGET}"
-    torch_library = f"-L{torch.root}/lib -ltorch_cpu"
+    torch_headers = f"-isystem {quote(f'{torch.root}/include')} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+    torch_library = f"-L{quote(f'{torch.root}/lib')} -ltorch_cpu"
     csrc = [path for path in sorted((root / "csrc").glob("*.cpp")) if path.name != "facts.cpp"]
 
     cpu = Library(f"{cxx} -shared", torch_library)
@@ -83,7 +95,7 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
         assert nvcc is not None
         # The stub stands for torch's CUDA library, which the torch at hand may lack; the loader finds the real one.
         stub = build / "stub/libtorch_cuda.so"
-        cuda = Library(f"{nvcc} -shared -cudart static", f"{torch_library} -L{stub.parent} -ltorch_cuda")
+        cuda = Library(f"{nvcc} -shared -cudart static", f"{torch_library} -L{quote(str(stub.parent))} -ltorch_cuda")
         cuda.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cuda -DVITKD_KEY=CUDA") for path in csrc]
         codes = " ".join(nvcc_codes(architectures))
         cuda.objects += [("nvcc", path, codes) for path in sorted((root / "kernels/cuda").glob("*.cu"))]
@@ -93,7 +105,9 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
     pybind_include = Path(pybind.origin).parent / "include" if pybind and pybind.origin else torch.root / "include"
     facts = Library(f"{cxx} -shared")
     made = f'-DVITKD_TORCH=\\"{torch.version}\\" -DVITKD_CUDA_ARCHITECTURES=\\"{"·".join(architectures)}\\"'
-    python_headers = f"-isystem {sysconfig.get_path('include')} -isystem {pybind_include}"
+    python_headers = " ".join(
+        f"-isystem {quote(str(path))}" for path in (sysconfig.get_path("include"), pybind_include)
+    )
     facts.objects += [
         ("cxx", root / "csrc/facts.cpp", f"{python_headers} {made}"),
         *(("cxx", path, flags) for path, flags in kernels if path.name == "isa.cpp"),
@@ -118,7 +132,7 @@ def cpu_kernels(root: Path, emulated: bool = False) -> list[tuple[Path, str]]:
         folder = root / "tests/kernels/cpu"
         for name, parts in EMULATED.items():
             flags = f"{sets['avx2']} -O1"  # at -O3 gcc takes four times as long, and the tests as long as at -O1
-            sets[name] = " -include ".join([flags, *(f"{folder}/{part}_emulated.h" for part in parts)])
+            sets[name] = " -include ".join([flags, *(quote(f"{folder}/{part}_emulated.h") for part in parts)])
     known = " ".join(f"-DVITKD_HAVE_{name.upper()}" for name in BFLOAT16 if name in sets)
     found = []
     for path in sorted((root / "kernels/cpu").glob("*.cpp")):
@@ -136,7 +150,7 @@ def compile_program(target: Path, sources: Sequence[tuple[Path, str]], common: s
     cxx = os.environ.get("CXX", "c++").split()
     objects = [f"{target}.{number}.o" for number in range(len(sources))]
     commands = [
-        [*cxx, *common.split(), *flags.split(), "-c", str(source), "-o", made]
+        [*cxx, *common.split(), *shlex.split(flags), "-c", str(source), "-o", made]
         for (source, flags), made in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -160,12 +174,18 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST; without it the GPUs at hand; without those the default, as far as this nvcc knows it.
+    """TORCH_CUDA_ARCH_LIST, as torch reads it; without it, or if it says "native", the GPUs at hand; without those the
+    default, as far as this nvcc knows it.
 
     Less those that the kernels are not for, before 8.0.
     """
-    found = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if not found:
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ")
+    found = " ".join(GENERATIONS.get(word, word) for word in wish.split()).split()
+    for word in found:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?|native", word):
+            known = ", ".join(GENERATIONS)
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST has {word!r}; accepted: numbers such as 9.0 or 9.0+PTX, {known}.")
+    if not found or found == ["native"]:
         try:
             query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
             found = sorted(set(subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split()))
@@ -208,11 +228,18 @@ def digits(architecture: str) -> str:
     return architecture.removesuffix("+PTX").replace(".", "")
 
 
+def in_ninja(path: Path) -> str:
+    """As ninja writes a path; to the shell it hands it with quotes."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def build(targets: dict[str, Path], found: dict[str, Library], folder: Path, verbose: bool) -> None:
     """Compile and link each library to its target; ninja redoes only what changed."""
     folder.mkdir(parents=True, exist_ok=True)
     cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc() or "nvcc"
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not jobs.isdecimal():
+        raise BuildError(f"MAX_JOBS is {jobs!r}; it is to be a number.")
     lines = [
         f"rule cxx\n  command = {cxx} {CXX_FLAGS} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
         f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 --threads {jobs} -Xcompiler -fPIC,-fvisibility=hidden"
@@ -226,10 +253,10 @@ def build(targets: dict[str, Path], found: dict[str, Library], folder: Path, ver
         objects = []
         for number, (rule, source, flags) in enumerate(library.objects):
             objects.append(f"{name}/{source.stem}.{number}.o")
-            lines.append(f"build {objects[-1]}: {rule} {source}\n  flags = {flags}")
+            lines.append(f"build {objects[-1]}: {rule} {in_ninja(source)}\n  flags = {flags.replace('$', '$$')}")
         needs = " | stub/libtorch_cuda.so" if name == "_C_cuda" else ""
-        lines.append(f"build {targets[name]}: link {' '.join(objects)}{needs}")
-        lines.append(f"  link = {library.link}\n  flags = {library.flags}")
+        lines.append(f"build {in_ninja(targets[name])}: link {' '.join(objects)}{needs}")
+        lines.append(f"  link = {library.link}\n  flags = {library.flags.replace('$', '$$')}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
     runner = [sys.executable, "-m", "ninja"] if find_spec("ninja") else [shutil.which("ninja") or "ninja"]

@@ -77,7 +77,7 @@ def test_the_library_built_here_runs_under_another_torch(older_torch, tmp_path):
 
 def test_installing_keeps_the_torch_that_is_there(older_torch, tmp_path):
     """Under pip's isolation, compiled against that torch, and without torchvision's torch replacing it."""
-    source = tmp_path / "source"
+    source = tmp_path / "späced source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info"))
     run([older_torch, "-m", "pip", "install", "-q", source], env=os.environ | {"VITKD_CUDA": "0"})
     assert "works under torch 2.13.0" in smoke(older_torch, tmp_path)
@@ -113,6 +113,13 @@ def test_sdist_builds_and_its_wheel_runs_without_a_compiler(tmp_path):
     run([*pip, "install", "-q", "--no-deps", "--target", site, wheel])
     assert (site / "vitkd_fast/triton/attention.py").is_file()
     assert "works under torch" in smoke(sys.executable, site, PATH="", CXX="")
+
+
+def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path):
+    copy_package(tmp_path, libraries=False)
+    (tmp_path / "setup.py").touch()
+    told = run([sys.executable, "-c", "import vitkd_fast"], cwd=tmp_path)
+    assert "This is the checkout, which hides an installed package: start Python in another folder" in told
 
 
 def test_a_missing_library_leaves_the_formulas(tmp_path):
@@ -176,6 +183,12 @@ def test_cuda_architectures_follow_the_list(monkeypatch):
     assert native.cuda_architectures("nvcc") == ["8.0", "9.0+PTX"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5+PTX 9.0a 12.0")  # none of what the kernels are not for
     assert native.cuda_architectures("nvcc") == ["9.0a", "12.0"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Turing;Ampere;Hopper")  # as torch names them
+    assert native.cuda_architectures("nvcc") == ["8.0", "8.6+PTX", "9.0+PTX"]
+    for wrong in ("Hoper", "9", "sm_90"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0 {wrong}")
+        with pytest.raises(native.BuildError, match=f"has '{wrong}'; accepted: numbers such as 9.0"):
+            native.cuda_architectures("nvcc")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -194,3 +195,16 @@ def test_python_m_and_doctor():
 def test_importing_the_package_and_the_command_line_does_not_import_timm():
     code = "import sys, vitkd_fast, vitkd_fast.cli, vitkd_fast.distill; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["methods", "doctor"])
+def test_what_nobody_reads_ends_quietly(command):
+    piped = f'"{sys.executable}" -m vitkd_fast {command} | true; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_terminal_of_few_characters():
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "vitkd_fast", "methods"], capture_output=True, env=environ)
+    assert done.returncode == 0 and b"with --task detection" in done.stdout and b"?" in done.stdout

@@ -122,9 +122,15 @@ def _choose() -> dict[str, Implementation]:
     else:
         found["cpu"] = Implementation("formula", f"plain torch, because {_PROBLEMS['_C_cpu']}")
         if not PLAIN:
+            advice = "Reinstall it to build them (pip install .)"
+            if (HERE.parent / "setup.py").exists():
+                advice = (
+                    "This is the checkout, which hides an installed package: start Python in another folder, or build "
+                    "here (pip install -e .)"
+                )
             warnings.warn(
-                f"vitkd_fast runs on plain torch, not its kernels: {_PROBLEMS['_C_cpu']}. Reinstall it to build them "
-                "(pip install .); `vitkd doctor` tells more.",
+                f"vitkd_fast runs on plain torch, not its kernels: {_PROBLEMS['_C_cpu']}. {advice}; `vitkd doctor` "
+                "tells more.",
                 stacklevel=2,
             )
     if torch.version.cuda is not None:

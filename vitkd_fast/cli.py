@@ -1,6 +1,7 @@
 """The `vitkd` command: `distill`, `demo` and `doctor` are the Python calls of those names; `methods` lists methods."""
 
 import functools
+import io
 import shutil
 import sys
 import tempfile
@@ -148,6 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
     Ctrl-C exits with 130, after `distill` has saved what it has.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of few characters is no reason to stop halfway
     try:
         # The method's own settings become the defaults, which --help shows.
         settings = Settings(method=_last(arguments, "method"), task=_last(arguments, "task"))
@@ -162,14 +165,14 @@ def main(arguments: list[str] | None = None) -> None:
             description="Compress a Vision Transformer without its training data.",
             args=arguments,
         )
+    except BrokenPipeError:  # as of `| head`: nobody reads any more
+        sys.stdout = None  # type: ignore[assignment]  # nor is the rest to be written at the end
+        raise SystemExit(141) from None
     except Exception as error:
         if not _is_ours(error):
             raise
         print(f"vitkd: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # as of `| head`: nobody reads any more
-        sys.stdout = None  # type: ignore[assignment]  # nor is the rest to be written at the end
-        raise SystemExit(141) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
