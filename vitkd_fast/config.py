@@ -30,7 +30,8 @@ class Config:
     seed: int = 0
     """Of the weights made here, the noise, the shifts and the replay; the caller's random state is not touched."""
     out: Path | None = None
-    """Folder for config.json, metrics.jsonl, images.png, student.safetensors and report.json; None writes nothing."""
+    """Folder for config.json, metrics.jsonl, images.png, student.safetensors and report.json, and of a student of
+    transformers student/, which from_pretrained reads; None writes nothing."""
     overwrite: bool = False
     """Allow `out` to hold a run, and replace it."""
     resume: bool = False

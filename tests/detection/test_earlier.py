@@ -15,19 +15,20 @@ from vitkd_fast.detection.objectives import found, overlap, placed
 from vitkd_fast.objectives import Scene, View
 
 SIDE = 128
-KINDS = ("RTDetr", "RTDetrV2", "LwDetr", "two-stage Deformable DETR")
+SEEN = {"RTDetr": 3, "RTDetrV2": 3, "LwDetr": 1, "Deformable DETR": 2, "two-stage Deformable DETR": 3}  # views
 
 
 def of_kind(kind):
     torch.manual_seed(0)
-    if kind == "two-stage Deformable DETR":
+    if "Deformable" in kind:
+        two_stage = kind.startswith("two-stage")
         backbone = transformers.ResNetConfig(
             embedding_size=8, hidden_sizes=[8, 16, 24], depths=[1] * 3, layer_type="basic",
             out_features=["stage1", "stage2", "stage3"],
         )  # fmt: skip
         model = detr(
-            kind="DeformableDetr", backbone_config=backbone, d_model=32, two_stage=True, with_box_refine=True,
-            two_stage_num_proposals=QUERIES, num_feature_levels=3,
+            kind="DeformableDetr", backbone_config=backbone, d_model=32, two_stage=two_stage, with_box_refine=True,
+            two_stage_num_proposals=QUERIES, num_feature_levels=3, decoder_layers=3,
         )  # fmt: skip
     elif kind == "LwDetr":
         vit = transformers.LwDetrViTConfig(
@@ -57,13 +58,13 @@ def of_kind(kind):
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEEN)
 def test_proposals_and_layers_before_the_last_are_seen(kind):
     model = of_kind(kind)
     seen = look(model.train(), torch.rand(2, 3, SIDE, SIDE))
-    assert len(seen.earlier) == (3 if kind.startswith("RTDetr") else 1)
-    for view in seen.earlier:
-        classes = 1 if kind.startswith("two-stage") else CLASSES
+    assert len(seen.earlier) == SEEN[kind]
+    for place, view in enumerate(seen.earlier):
+        classes = 1 if kind.startswith("two-stage") and place == 0 else CLASSES
         assert view.logits.shape == (2, QUERIES, classes + 1) and view.boxes.shape == (2, QUERIES, 4)
         assert (view.boxes > -1).all() and (view.boxes < 2).all()
         torch.testing.assert_close(view.logits.exp().sum(-1), torch.ones(2, QUERIES))
@@ -79,11 +80,17 @@ HEADS = {
     "RTDetr": ("enc_score_head", "enc_bbox_head", "enc_output", "decoder.class_embed", "decoder.bbox_embed"),
     "RTDetrV2": ("enc_score_head", "enc_bbox_head", "enc_output", "decoder.class_embed", "decoder.bbox_embed"),
     "LwDetr": ("enc_out_class_embed.0", "enc_out_bbox_embed.0", "enc_output.0", "enc_output_norm.0"),
-    "two-stage Deformable DETR": ("decoder.class_embed.1", "decoder.bbox_embed.1", "enc_output"),
+    "Deformable DETR": ("decoder.bbox_embed.0", "decoder.bbox_embed.1", "decoder.bbox_embed.2"),
+    "two-stage Deformable DETR": (
+        "decoder.class_embed.3",
+        "decoder.bbox_embed.3",
+        "enc_output",
+        "decoder.bbox_embed.0",
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEEN)
 def test_what_proposes_and_refines_learns(kind):
     torch.manual_seed(0)
     student, images = of_kind(kind).train(), torch.rand(4, 3, SIDE, SIDE)
@@ -95,6 +102,16 @@ def test_what_proposes_and_refines_learns(kind):
         weights = [weight for name, weight in student.named_parameters() if f"model.{head}" in name]
         assert weights and all(weight.grad is not None for weight in weights), head
         assert any(weight.grad.any() for weight in weights), head
+
+
+def test_layers_of_deformable_detr_are_its_own():
+    """Their boxes, which the output has without a gradient."""
+    model = of_kind("Deformable DETR").eval()
+    images = torch.rand(2, 3, SIDE, SIDE)
+    seen, output = look(model, images), model(images)
+    for layer, view in enumerate(seen.earlier):
+        torch.testing.assert_close(view.boxes, output.intermediate_reference_points[:, layer])
+    torch.testing.assert_close(seen.boxes, output.intermediate_reference_points[:, -1])
 
 
 def test_the_same_is_asked_of_all():

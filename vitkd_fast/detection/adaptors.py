@@ -79,20 +79,21 @@ def of_transformers(model: Any, images: Tensor) -> View:
     queries = getattr(config, "num_queries", None)
     if model.training and logits.shape[1] == getattr(config, "group_detr", 1) * (queries or 0):
         logits, boxes = logits[:, :queries], boxes[:, :queries]  # the group that is left when training is over
-    earlier = _earlier(output, config, logits.shape[1])
+    earlier = _earlier(unwrapped(model), output, logits.shape[1])
     if classes == logits.shape[-1]:
         logits, scores = from_sigmoid(logits), logits.sigmoid()
     return View(logits, tokens, boxes=boxes, scores=scores, earlier=earlier)
 
 
-def _earlier(output: Any, config: Any, queries: int) -> list[View]:
-    """What the encoder proposes as queries, and what all layers of the decoder but the last make of them, where the
-    output has it. Deformable DETR's proposals say by their first logit whether they are anything, and no class."""
+def _earlier(model: Any, output: Any, queries: int) -> list[View]:
+    """What the encoder proposes as queries, and what all layers of the decoder but the last make of them, where that
+    goes into the answer. Deformable DETR's proposals say by their first logit whether they are anything, and no class.
+    """
     found = []
     for names in (("enc_topk_logits", "enc_topk_bboxes"), ("enc_outputs_class", "enc_outputs_coord_logits")):
         logits, boxes = map(output.get, names)
         if isinstance(logits, Tensor) and isinstance(boxes, Tensor):  # of RT-DETR and D-FINE the former
-            if getattr(config, "two_stage", False):
+            if getattr(model.config, "two_stage", False):
                 logits, boxes = logits[..., :1], boxes.sigmoid()
                 surest = logits.topk(min(queries, logits.shape[1]), dim=1).indices
                 logits, boxes = logits.gather(1, surest), boxes.gather(1, surest.expand(-1, -1, 4))
@@ -102,7 +103,21 @@ def _earlier(output: Any, config: Any, queries: int) -> list[View]:
     logits, boxes = map(output.get, ("intermediate_logits", "intermediate_reference_points"))
     if isinstance(logits, Tensor) and isinstance(boxes, Tensor):
         found += list(zip(logits[:, :-1].unbind(1), boxes[:, :-1].unbind(1)))
+    elif getattr(model.config, "with_box_refine", False) and hasattr(model, "bbox_embed"):
+        found += _refined(model, output)
     return [View(from_sigmoid(logits), boxes=boxes) for logits, boxes in found]
+
+
+def _refined(model: Any, output: Any) -> list[tuple[Tensor, Tensor]]:
+    """Deformable DETR's layers but the last, worked out once more: its output has their boxes without a gradient."""
+    first, later = output["init_reference_points"], output["intermediate_reference_points"]
+    found = []
+    for level, hidden in enumerate(output["intermediate_hidden_states"][:, :-1].unbind(1)):
+        reference = torch.logit(first if level == 0 else later[:, level - 1], eps=1e-5)
+        moved = model.bbox_embed[level](hidden)
+        boxes = moved + F.pad(reference, (0, moved.shape[-1] - reference.shape[-1]))  # or of a point, without a size
+        found.append((model.class_embed[level](hidden), boxes.sigmoid()))
+    return found
 
 
 def _patches(output: Any, queries: int) -> Tensor | None:
