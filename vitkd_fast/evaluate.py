@@ -102,7 +102,7 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
                 f"evaluate={str(data)!r} has {len(folders)} subfolders, and the teacher knows {classes} classes; each "
                 f"needs one, be it empty, and sorted by name they are to be in the order of its classes."
             )
-        if labels.min() < 0 or labels.max() >= classes:
+        if len(labels) and (labels.min() < 0 or labels.max() >= classes):
             raise ValueError(
                 f"evaluate has labels from {labels.min()} to {labels.max()}; accepted: the teacher's classes, 0 to "
                 f"{classes - 1}."

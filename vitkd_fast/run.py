@@ -108,7 +108,10 @@ class RunFolder:
 
     def keep(self, student: nn.Module) -> bool:
         """Save the student. Whether it is saved; if it cannot be, a warning says why, and nothing ends."""
-        return self.folder is not None and self._written(self._write_student, student)
+        kept = self.folder is not None and self._written(self._write_student, student)
+        if kept and hasattr(getattr(student, "config", None), "save_pretrained"):
+            self._written(self._write_pretrained, student)
+        return kept
 
     def finish(self, picture: Callable[[], Any], report: Report) -> bool:
         """Save the PIL image that `picture` makes, then the report: the mark of a finished run. Whether that is."""
@@ -135,13 +138,13 @@ class RunFolder:
     def _write_student(self, folder: Path, student: nn.Module) -> None:
         from safetensors.torch import save_model
 
-        saved = folder / "student.safetensors"
-        save_model(student, str(saved), metadata={"format": "pt"})  # which transformers looks for
-        if (save_config := getattr(getattr(student, "config", None), "save_pretrained", None)) is not None:
-            weights = folder / PRETRAINED[1]
-            weights.parent.mkdir(exist_ok=True)
-            save_config(weights.parent)
-            shutil.copyfile(saved, weights)
+        save_model(student, str(folder / "student.safetensors"), metadata={"format": "pt"})  # transformers looks for it
+
+    def _write_pretrained(self, folder: Path, student: Any) -> None:
+        weights = folder / PRETRAINED[1]
+        weights.parent.mkdir(exist_ok=True)
+        student.config.save_pretrained(weights.parent)
+        shutil.copyfile(folder / "student.safetensors", weights)
 
     def _write_picture(self, folder: Path, picture: Callable[[], Any]) -> None:
         picture().save(folder / "images.png")
