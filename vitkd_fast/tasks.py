@@ -42,10 +42,9 @@ class Classification:
         logits = seen.logits
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
             given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"gives {given} for two images; accepted: logits of shape (batch, classes). Wrap it so that it gives "
-                f"them alone."
-            )
+            detects = isinstance(logits, Tensor) and logits.dim() == 3
+            advice = 'For a detector pass task="detection"' if detects else "Wrap it so that it gives them alone"
+            raise ValueError(f"gives {given} for two images; accepted: logits of shape (batch, classes). {advice}.")
         if logits.shape[1] < 2:
             raise ValueError(
                 "gives one logit, whose softmax is always 1; accepted: two classes and more. Wrap a binary classifier "
