@@ -3,10 +3,16 @@
 import ctypes
 import importlib
 import os
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "vitkd_fast/_C_cpu.so").exists():  # `python -m pytest` puts the checkout before the installed package
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads than cores cost tenfold
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start

@@ -11,7 +11,6 @@ from vitkd_fast.ops.attention import attention_formula
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = [(2, 1, 2, 64), (2, 577, 2, 64), (2, 33, 2, 160)]  # one token, many tokens, wide heads
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 module = sys.modules["vitkd_fast.ops.attention"]  # as an attribute of the package it is the function
 
@@ -20,16 +19,20 @@ def draw(batch, tokens, heads, head_dim):
     return torch.randn(batch, tokens, 3, heads, head_dim, generator=torch.Generator().manual_seed(0))
 
 
-def assert_as_the_formula(qkv, scale, dtype):
+def run(function, qkv, scale):
     qkv = qkv.detach().requires_grad_()
-    out = attention(qkv, scale)
-    exact = qkv.detach().cpu().double().requires_grad_()
-    expected = attention_formula(exact, scale)
-    torch.testing.assert_close(out.double().cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    grad_out = torch.ones_like(expected)
-    (grad,) = torch.autograd.grad(out, qkv, grad_out.to(out))
-    (expected,) = torch.autograd.grad(expected, exact, grad_out)
-    torch.testing.assert_close(grad.double().cpu(), expected, rtol=TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
+    out = function(qkv, scale)
+    return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+
+def assert_errs_no_more_than_the_formula(qkv, scale):
+    """By much: what computes here is torch's."""
+    found, formula = (run(function, qkv, scale) for function in (attention, attention_formula))
+    for result, plain, exact in zip(found, formula, run(attention_formula, qkv.double(), scale), strict=True):
+        assert result.dtype is plain.dtype and result.isfinite().all()
+        rounding = torch.finfo(qkv.dtype).eps * max(1, exact.abs().amax().item())
+        allowed = 3 * (plain - exact).abs().amax().item() + 8 * rounding
+        assert (result - exact).abs().amax().item() <= allowed
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -37,7 +40,7 @@ def assert_as_the_formula(qkv, scale, dtype):
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-42, 0.1])
 @pytest.mark.parametrize("size", SIZES)
 def test_any_scale(size, scale, dtype, device):
-    assert_as_the_formula(draw(*size).to(device, dtype), scale, dtype)
+    assert_errs_no_more_than_the_formula(draw(*size).to(device, dtype), scale)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, -1e-42, 1e-42])
@@ -66,7 +69,7 @@ def test_any_layout(layout, dtype, device):
     make, loads = LAYOUTS[layout]
     qkv = make(lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype))
     assert module._loads_by_16_bytes(qkv) is loads
-    assert_as_the_formula(qkv, 0.1, dtype)
+    assert_errs_no_more_than_the_formula(qkv, 0.1)
 
 
 def test_a_width_that_torch_pads_is_left_to_it():
