@@ -31,7 +31,8 @@ def assert_errs_no_more_than_the_formula(qkv, scale):
     for result, plain, exact in zip(found, formula, run(attention_formula, qkv.double(), scale), strict=True):
         assert result.dtype is plain.dtype and result.isfinite().all()
         rounding = torch.finfo(qkv.dtype).eps * max(1, exact.abs().amax().item())
-        allowed = 3 * (plain - exact).abs().amax().item() + 8 * rounding
+        # of one token the gradient of the scores is nothing, as the difference of two sums over the head's width
+        allowed = 3 * (plain - exact).abs().amax().item() + 32 * rounding
         assert (result - exact).abs().amax().item() <= allowed
 
 
