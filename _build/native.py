@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from shlex import quote
+from shlex import quote, split
 
 from environment import find_torch
 
@@ -150,7 +149,7 @@ def compile_program(target: Path, sources: Sequence[tuple[Path, str]], common: s
     cxx = os.environ.get("CXX", "c++").split()
     objects = [f"{target}.{number}.o" for number in range(len(sources))]
     commands = [
-        [*cxx, *common.split(), *shlex.split(flags), "-c", str(source), "-o", made]
+        [*cxx, *common.split(), *split(flags), "-c", str(source), "-o", made]
         for (source, flags), made in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

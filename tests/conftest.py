@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -86,3 +87,22 @@ def convolved(monkeypatch):
     output = module._output
     monkeypatch.setattr(module, "_output", lambda *inputs: calls.append(inputs) or output(*inputs))
     return calls
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """A machine with these entries in its table, kernels and wish, and with a GPU of that name."""
+    from pretended_gpu import GPU
+
+    from vitkd_fast import backends, choice
+
+    def pretend(*entries, kernels=("native", "triton"), wish=""):
+        monkeypatch.setattr(choice, "table", cache(lambda: entries))
+        monkeypatch.setattr(choice, "WISH", wish)
+        monkeypatch.setattr(backends, "cuda_kernels", lambda capability=None: kernels)
+        monkeypatch.setattr(choice, "_model", lambda device: (GPU["gpu"], GPU["capability"]))
+        choice.forget()
+
+    yield pretend
+    monkeypatch.undo()
+    choice.forget()

@@ -6,10 +6,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from testing_rules import needs_native
-
-needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+from testing_rules import needs_cuda_build, needs_native
 
 
 def run(code, **environ):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CLASSES, SIZE, smooth_images, tiny_student, tiny_teacher
+from tiny import CLASSES, QUICK, SIZE, smooth_images, tiny_student, tiny_teacher
 from torch import nn
 
 import vitkd_fast
@@ -27,7 +27,6 @@ from vitkd_fast.ops.attention_consistency import HorizontalFlip
 from vitkd_fast.pair import make_pair
 from vitkd_fast.tasks import Classification
 
-QUICK = {"method": "adversarial", "batch_size": 32, "width": 16, "latent": 16, "log_every": 10, "progress": False}
 CPU = torch.device("cpu")
 
 

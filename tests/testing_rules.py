@@ -16,6 +16,7 @@ from torch import Tensor
 IMPLEMENTATIONS = ("formula", "cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 # For what only the native kernels promise: bits that depend on neither strides nor threads, checks of their own.
+needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
 needs_native = pytest.mark.skipif(bool(os.environ.get("VITKD_NO_NATIVE")), reason="VITKD_NO_NATIVE is set")
 
 SIGMAS = 6.0  # of the signed bias; chance alone goes beyond in 2 of 10⁹ comparisons

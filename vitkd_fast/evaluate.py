@@ -87,7 +87,7 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
         return None
     if callable(data):
         return _Asked(data, teacher)
-    batches = image_folder(Path(data), spec) if isinstance(data, str | Path) else data
+    batches: Any = image_folder(Path(data), spec) if isinstance(data, str | Path) else data
     streamed = isinstance(getattr(batches, "dataset", None), torch.utils.data.IterableDataset)
     if not streamed and (beginning := iter(batches)) is not batches:  # else they may be had only once
         first = next(beginning, None)
@@ -96,8 +96,7 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
         images, labels = _images_and_labels(first)
         with torch.no_grad():
             classes = logits_of(teacher(images.to(device))).shape[-1]
-        folders = getattr(getattr(batches, "dataset", None), "classes", None) if isinstance(data, str | Path) else None
-        if folders is not None and len(folders) != classes:
+        if isinstance(data, str | Path) and len(folders := batches.dataset.classes) != classes:
             raise ValueError(
                 f"evaluate={str(data)!r} has {len(folders)} subfolders, and the teacher knows {classes} classes; each "
                 f"needs one, be it empty, and sorted by name they are to be in the order of its classes."
@@ -151,26 +150,30 @@ def image_folder(folder: Path, spec: ImageSpec) -> Iterable[tuple[Tensor, Tensor
             transforms.Normalize(spec.mean, spec.std),
         ]
     )
-    images = datasets.ImageFolder(str(folder), transform, loader=_read, allow_empty=True)
+    images = datasets.ImageFolder(str(folder), transform, loader=_rgb, allow_empty=True)
     return torch.utils.data.DataLoader(images, batch_size=64)
 
 
-def _read(path: str) -> Any:
-    """An RGB image.
+def _rgb(path: str) -> Any:
+    return read_image(path, path).convert("RGB")
+
+
+def read_image(file: Any, name: str) -> Any:
+    """The PIL image in a file, opened or by its path, that messages call `name`.
 
     Raises:
-        ValueError: it is none, or of more than 8 bits, which Pillow would make white.
+        ValueError: it is none, or of more than 8 bits, of which Pillow would make all above 255 white.
     """
     from PIL import Image
 
     try:
-        image = Image.open(path)
+        image = Image.open(file)
         image.load()
     except (OSError, SyntaxError) as error:  # Pillow's for unknown formats, cut-off files and broken PNGs
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} has more than 8 bits per channel; convert it to 8.")
-    return image.convert("RGB")
+        raise ValueError(f"{name} has more than 8 bits per channel; convert it to 8.")
+    return image
 
 
 def _covering(image: Any, spec: ImageSpec) -> Any:

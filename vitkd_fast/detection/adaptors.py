@@ -61,7 +61,8 @@ def of_transformers(model: Any, images: Tensor) -> View:
     before a sigmoid where they are as many (Deformable DETR, RT-DETR, …). The tokens are the patches': YOLOS' last, or
     those that an encoder hands to its decoder.
     """
-    output, config = model(images), getattr(unwrapped(model), "config", None)
+    output, inner = model(images), unwrapped(model)
+    config = getattr(inner, "config", None)
     logits, boxes = (output.get(name) if isinstance(output, dict) else None for name in ("logits", "pred_boxes"))
     if not isinstance(logits, Tensor) or not isinstance(boxes, Tensor):
         given = f"a dict of {', '.join(map(str, output))}" if isinstance(output, dict) else type(output).__name__
@@ -79,7 +80,7 @@ def of_transformers(model: Any, images: Tensor) -> View:
     queries = getattr(config, "num_queries", None)
     if model.training and logits.shape[1] == getattr(config, "group_detr", 1) * (queries or 0):
         logits, boxes = logits[:, :queries], boxes[:, :queries]  # the group that is left when training is over
-    earlier = _earlier(unwrapped(model), output, logits.shape[1])
+    earlier = _earlier(inner, output, logits.shape[1]) if torch.is_grad_enabled() else []  # nobody else learns by it
     if classes == logits.shape[-1]:
         logits, scores = from_sigmoid(logits), logits.sigmoid()
     return View(logits, tokens, boxes=boxes, scores=scores, earlier=earlier)

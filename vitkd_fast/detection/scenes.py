@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitkd_fast.detection.objects import Objects, no_objects
+from vitkd_fast.evaluate import read_image
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of so many channels
 
@@ -125,13 +126,7 @@ def decoded(
     pixels = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
     sizes = []
     for index, (path, expected) in enumerate(zip(paths, annotated or [None] * len(paths))):
-        try:
-            image: Image.Image = Image.open(io.BytesIO(files.read(path)))
-            image.load()
-        except (OSError, SyntaxError) as error:  # Pillow's for unknown formats, cut-off files and broken PNGs
-            raise ValueError(f"{path} in {str(files.place)!r} cannot be read as an image: {error}") from error
-        if image.mode.startswith(("I", "F")):  # Pillow would make all above 255 white
-            raise ValueError(f"{path} in {str(files.place)!r} has more than 8 bits per channel; convert it to 8.")
+        image = read_image(io.BytesIO(files.read(path)), f"{path} in {str(files.place)!r}")
         turned = ImageOps.exif_transpose(image)
         if not image.size[::-1] == expected != turned.size[::-1]:
             image = turned

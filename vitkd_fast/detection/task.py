@@ -46,12 +46,8 @@ class Detection(Classification):
 
     def classes(self, seen: View) -> int:
         assert seen.boxes is not None
-        largest = seen.boxes.abs().amax().item()
-        if largest > FURTHEST:
-            raise ValueError(
-                f"gives boxes with {largest:.4g} in them; accepted: centres and sizes in [0, 1] of the image's sides, "
-                f"see from_corners in vitkd_fast.detection.adaptors."
-            )
+        if problem := _not_shares(seen.boxes):
+            raise ValueError(f"gives {problem}")
         return seen.logits.shape[-1] - 1
 
     def found(self, seen: View) -> Tensor:
@@ -132,11 +128,8 @@ class Detection(Classification):
             except ValueError as error:
                 raise ValueError(f"evaluate, image number {index}: {error}") from None
             count += len(objects)
-            if len(objects) and (largest := objects.boxes.abs().amax().item()) > FURTHEST:
-                raise ValueError(
-                    f"evaluate, image number {index}: boxes with {largest:.4g} in them; accepted: centres and sizes in "
-                    f"[0, 1] of the image's sides, see from_corners in vitkd_fast.detection.adaptors."
-                )
+            if problem := _not_shares(objects.boxes):
+                raise ValueError(f"evaluate, image number {index}: {problem}")
         if not count:
             raise ValueError(
                 f"evaluate has no object in its {len(data)} images, so there is no precision to measure."
@@ -182,6 +175,17 @@ ACCEPTED = (
     "accepted: Scenes (vitkd_fast.detection.data), a sequence of ((C, H, W) pixels in [0, 1], Objects), an annotation "
     "file of COCO, or a folder as COCO or YOLO lay it out"
 )
+
+
+def _not_shares(boxes: Tensor) -> str | None:
+    """What is wrong with boxes that are not in shares of the image's sides, and what to do."""
+    largest = boxes.abs().amax().item() if boxes.numel() else 0.0
+    if largest > FURTHEST:
+        return (
+            f"boxes with {largest:.4g} in them; accepted: centres and sizes in [0, 1] of the image's sides, see "
+            f"from_corners in vitkd_fast.detection.adaptors."
+        )
+    return None
 
 
 def _seen_alike(scene: Scene) -> tuple[Tensor, Tensor]:
