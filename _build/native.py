@@ -90,20 +90,21 @@ def libraries(root: Path, build: Path) -> dict[str, Library]:
         if os.environ.get("VITKD_CUDA") == "1":
             raise BuildError("VITKD_CUDA=1, but every GPU here or in TORCH_CUDA_ARCH_LIST is older than 8.0.")
         print("vitkd_fast: no CUDA library, for the GPUs are older than compute capability 8.0", file=sys.stderr)
+    codes = nvcc_codes(architectures)
     if architectures:
         assert nvcc is not None
         # The stub stands for torch's CUDA library, which the torch at hand may lack; the loader finds the real one.
         stub = build / "stub/libtorch_cuda.so"
         cuda = Library(f"{nvcc} -shared -cudart static", f"{torch_library} -L{quote(str(stub.parent))} -ltorch_cuda")
         cuda.objects += [("cxx", path, f"{torch_headers} -DVITKD_BACKEND=cuda -DVITKD_KEY=CUDA") for path in csrc]
-        codes = " ".join(nvcc_codes(architectures))
-        cuda.objects += [("nvcc", path, codes) for path in sorted((root / "kernels/cuda").glob("*.cu"))]
+        cuda.objects += [("nvcc", path, " ".join(codes)) for path in sorted((root / "kernels/cuda").glob("*.cu"))]
         found["_C_cuda"] = cuda
 
     pybind = find_spec("pybind11")
     pybind_include = Path(pybind.origin).parent / "include" if pybind and pybind.origin else torch.root / "include"
     facts = Library(f"{cxx} -shared")
-    made = f'-DVITKD_TORCH=\\"{torch.version}\\" -DVITKD_CUDA_ARCHITECTURES=\\"{"·".join(architectures)}\\"'
+    cuda_code = ",".join(code.rpartition("=")[2] for code in codes if code.startswith("-gencode"))
+    made = f'-DVITKD_TORCH=\\"{torch.version}\\" -DVITKD_CUDA_CODE=\\"{cuda_code}\\"'
     python_headers = " ".join(
         f"-isystem {quote(str(path))}" for path in (sysconfig.get_path("include"), pybind_include)
     )

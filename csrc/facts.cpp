@@ -12,10 +12,10 @@ PYBIND11_MODULE(_facts, module) {
         py::dict facts;
         facts["torch"] = VITKD_TORCH;
         facts["compiler"] = __VERSION__;
-        facts["cuda_architectures"] = VITKD_CUDA_ARCHITECTURES;
+        facts["cuda_code"] = VITKD_CUDA_CODE;
         return facts;
       },
-      "What the libraries were built with; cuda_architectures is empty without CUDA.");
+      "What the libraries were built with; cuda_code, such as sm_80,compute_80, is empty without CUDA.");
   module.def(
       "cpu",
       [] {

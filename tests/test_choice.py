@@ -135,20 +135,21 @@ def test_kernels_that_are_not_there_are_replaced(pretend):
 @pytest.mark.parametrize(
     ("built", "runs"),
     [
-        ("8.0·8.6·9.0·10.0·12.0", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]),
-        ("8.0·8.6·9.0·10.0·12.0+PTX", GPUS),
-        ("9.0", [(9, 0)]),
-        ("9.0+PTX", [(9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]),
-        ("8.6", [(8, 6), (8, 7), (8, 9)]),
-        ("8.0·12.0+PTX", [(8, 0), (8, 6), (8, 7), (8, 9), (12, 0), (12, 1)]),
-        ("9.0a·10.0a·12.0f", [(9, 0), (10, 0), (12, 0), (12, 1)]),
+        ("sm_80,sm_86,sm_90a,sm_100,sm_120", [gpu for gpu in GPUS if gpu != (11, 0)]),
+        ("sm_80,sm_86,sm_90a,sm_100,sm_120,compute_100", GPUS),
+        ("sm_90a", [(9, 0)]),
+        ("sm_90a,compute_90", [(9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]),
+        ("sm_86", [(8, 6), (8, 7), (8, 9)]),
+        ("sm_80,sm_120,compute_120", [(8, 0), (8, 6), (8, 7), (8, 9), (12, 0), (12, 1)]),
+        ("sm_90a,sm_100a,sm_120f", [(9, 0), (10, 0), (12, 0), (12, 1)]),
+        ("compute_90a,compute_120f", [(9, 0), (12, 0), (12, 1)]),
         ("", []),
     ],
 )
 def test_the_library_serves_the_gpus_that_it_has_code_for(built, runs, monkeypatch):
     from vitkd_fast import _facts
 
-    monkeypatch.setattr(_facts, "build", lambda: {"cuda_architectures": built})
+    monkeypatch.setattr(_facts, "build", lambda: {"cuda_code": built})
     assert [gpu for gpu in GPUS if backends.has_code_for(gpu)] == runs
 
 

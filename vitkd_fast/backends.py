@@ -52,22 +52,19 @@ def cuda_kernels(capability: Sequence[int] | None = None) -> tuple[Literal["nati
 
 
 def has_code_for(capability: Sequence[int]) -> bool:
-    """Whether the CUDA library has code that such a GPU runs: machine code of an earlier GPU of its generation, or
-    intermediate code (PTX) of any earlier one. See `nvcc_codes` of the build for what is compiled from the list."""
+    """Whether the CUDA library has code that such a GPU runs: machine code (sm_86) of an earlier GPU of its generation,
+    or intermediate code (compute_80) of any earlier one; sm_90a is for 9.0 alone, sm_120f for its generation."""
     from vitkd_fast import _facts
 
     gpu = tuple(capability)
-    built = [text for text in _facts.build()["cuda_architectures"].split("·") if text]
-    plain = {text: tuple(map(int, text.removesuffix("+PTX").rstrip("af").split("."))) for text in built}
-    for text, made_for in plain.items():
-        alone = "a" in text or made_for == (9, 0)
-        if made_for == gpu or (not alone and made_for[0] == gpu[0] and made_for < gpu):
+    for code in filter(None, _facts.build()["cuda_code"].split(",")):
+        kind, _, number = code.partition("_")
+        made_for = divmod(int(number.rstrip("af")), 10)
+        if made_for == gpu:
             return True
-        if text.endswith("+PTX") and text[-5].isdigit():
-            sharing = [other for name, other in plain.items() if name.removesuffix("+PTX")[-1].isdigit()]
-            sharing = [other for other in sharing if other != (9, 0) and (other > (9, 0)) == (made_for > (9, 0))]
-            if (made_for if made_for == (9, 0) else min(sharing)) <= gpu:
-                return True
+        any_later = kind == "compute" and number.isdigit()
+        if made_for < gpu and "a" not in number and (any_later or made_for[0] == gpu[0]):
+            return True
     return False
 
 

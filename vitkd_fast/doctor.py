@@ -108,8 +108,8 @@ def _build() -> str:
     except ImportError as error:
         return f"unknown: {error}"
     facts = _facts.build()
-    cuda = facts["cuda_architectures"].replace("·", " ") or "none"
-    return f"torch {facts['torch']}, compiler {facts['compiler']}, CUDA architectures: {cuda}"
+    cuda = facts["cuda_code"].replace(",", " ") or "none"
+    return f"torch {facts['torch']}, compiler {facts['compiler']}, CUDA code: {cuda}"
 
 
 def _version(package: str) -> str:
