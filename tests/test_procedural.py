@@ -40,6 +40,20 @@ def test_the_order_says_nothing():
     assert edges.std() / edges.mean() < 0.2
 
 
+def test_a_surface_is_plain_or_shaded_and_textured():
+    canvas = Canvas(20, 30, CPU)
+    colours, textures = torch.rand(400, 3), canvas.noise(40, 3)
+    lively = (torch.arange(400) % 2).float().view(-1, 1, 1, 1)
+    added = canvas.surface(colours, textures, lively) - colours[:, :, None, None]
+    assert added[::2].abs().max() == 0
+    torch.testing.assert_close(added.mean((2, 3)), torch.zeros(400, 3), atol=1e-5, rtol=0)
+    ramps = torch.stack((canvas.rows.expand(20, 30), canvas.columns.expand(20, 30))).flatten(1)  # (2, H * W)
+    slopes = added[1::2].mean(1).flatten(1) @ ramps.T / ramps.square().sum(1)
+    assert slopes.square().sum(1).mean().sqrt() == pytest.approx(procedural.SHADE, rel=0.25)
+    grain = (added[1::2].mean(1).flatten(1) - slopes @ ramps).std(1)
+    assert 0 < grain.min() and grain.max() < 1.1 * procedural.GRAIN and grain.mean() > 0.2 * procedural.GRAIN
+
+
 @pytest.mark.parametrize("height, width", [(20, 20), (12, 30), (25, 10)])
 def test_distance_from_a_line(height, width):
     canvas = Canvas(height, width, CPU)

@@ -98,7 +98,7 @@ def test_images_that_go_are_no_longer_counted(balanced):
 
 
 def test_a_single_image_of_a_class_is_not_drawn_without_end(pool):
-    """Of 100 images in 2 classes one alone would be every second; it counts as a tenth of an equal share, as 5."""
-    many = ReplayPool(100, pool.generator, classes=2)
-    many.add(batch_of(many, *range(100)), torch.tensor([1] + [0] * 99))
-    assert shares(many, 0) == pytest.approx([0.2 / 1.2], abs=0.02)
+    """Of 200 images in 2 classes one alone would be every second; it counts as a fiftieth of an equal share, as 2."""
+    many = ReplayPool(200, pool.generator, classes=2)
+    many.add(batch_of(many, *range(200)), torch.tensor([1] + [0] * 199))
+    assert shares(many, 0) == pytest.approx([0.5 / 1.5], abs=0.02)

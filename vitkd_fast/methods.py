@@ -99,7 +99,7 @@ register(
             "pool": 20_480,
             "balanced": True,
             "student_objectives": {"logits": 1.0, "tokens": 1.0},
-            "student_loss": "l1",
+            "student_loss": "mse",
         },
     )
 )
@@ -297,7 +297,7 @@ register(
         {
             "generator": "noise",
             "student_objectives": {"logits": 1.0, "tokens": 1.0},
-            "student_loss": "l1",
+            "student_loss": "mse",
             "shift": 0.0,
         },
     )

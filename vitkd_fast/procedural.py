@@ -1,4 +1,4 @@
-"""Images drawn by a program: strokes, shapes and textures at random, for which no data are needed.
+"""Images drawn by a program: strokes, shapes, shades and textures at random, for which no data are needed.
 
 A network that has learned from images of one kind answers those of another in its own way, and a student that is shown
 enough different ones learns to answer alike (Beyer et al. 2022; Asano and Saeed 2023, whose images are crops of a
@@ -18,6 +18,8 @@ LAYERS = 5  # shapes on an image, at most
 SEGMENTS = 8  # straight pieces of a stroke
 FINEST = 32  # points of the short side at which distances are computed; between them they are interpolated
 NOISE_ALONE = 0.15  # share of the images on which there are no shapes
+SHADE = 0.3  # standard deviation of how much brighter a shaded surface is at the image's edge than in its middle
+GRAIN = 0.25  # of a surface's texture, at most
 
 
 @register("procedural")
@@ -52,6 +54,9 @@ class Canvas:
         )
         self.points = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(1, -1, 2)
         self.reach = self.points.amax((0, 1))  # of the image, from its middle
+        # From -1 to 1 over the image, one pixel after the other.
+        self.rows = torch.linspace(-1, 1, height, device=device).view(-1, 1)
+        self.columns = torch.linspace(-1, 1, width, device=device)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(*shape, device=self.device)
@@ -60,10 +65,13 @@ class Canvas:
         return torch.rand(*shape, device=self.device) < of
 
     def shapes(self, count: int, channels: int) -> Tensor:
-        """One to five shapes on a plain ground, (B, C, H, W): strokes, or filled ones, or both."""
+        """One to five shapes on a ground, (B, C, H, W): strokes, or filled ones, or both. On half of the images shapes
+        and ground are shaded and textured, as on photographs, on the others plain."""
         black_or_white = self.chance(count, 1, of=1 / 3).float().expand(-1, channels)
         ground = torch.where(self.chance(count, 1, of=0.5), black_or_white, self.colours(count, channels))
-        images = ground[:, :, None, None].repeat(1, 1, *self.size)
+        textures = self.noise(count, channels)
+        lively = self.chance(count, 1, 1, 1, of=0.5).float()
+        images = self.surface(ground, textures, lively)
         # Half of the images have one colour that stands out, and on most all shapes have the same.
         opposite = (ground.mean(1, keepdim=True) < 0.5).float().expand(-1, channels)
         ink = torch.where(self.chance(count, 1, of=0.5), opposite, self.colours(count, channels))
@@ -81,8 +89,19 @@ class Canvas:
                 outline = self.strokes(thickness[chosen]) if strokes else self.regions(len(part))
                 cover = self.cover(outline, blur[chosen])
                 colour = torch.where(one_ink[chosen], ink[chosen], self.colours(len(part), channels))
-                part.lerp_(colour[:, :, None, None].expand_as(part), cover.expand_as(part))
+                part.lerp_(self.surface(colour, textures, lively[chosen]), cover.expand_as(part))
         return images
+
+    def surface(self, colour: Tensor, textures: Tensor, lively: Tensor) -> Tensor:
+        """(B, C) colours as surfaces, (B, C, H, W): plain where `lively`, (B, 1, 1, 1), is 0; where it is 1, brighter to
+        one side and with one of the textures."""
+        count = len(colour)
+        angle = 2 * math.pi * self.uniform(count, 1, 1, 1)
+        ramp = self.rows * angle.sin() + self.columns * angle.cos()
+        shade = SHADE * torch.randn(count, 1, 1, 1, device=self.device)
+        grain = GRAIN * self.uniform(count, 1, 1, 1).pow(1.5)
+        texture = textures[torch.randint(len(textures), (count,), device=self.device)]
+        return (colour[:, :, None, None] + lively * shade * ramp).addcmul_(texture, lively * grain)
 
     def colours(self, count: int, channels: int) -> Tensor:
         """(count, channels) of any brightness and of any saturation."""

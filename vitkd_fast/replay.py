@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitkd_fast.generator import Generator
 
-RAREST = 0.1  # a class is drawn as if it had at least this part of an equal share of the images
+RAREST = 0.02  # a class is drawn as if it had at least this part of an equal share of the images
 
 
 class ReplayPool:

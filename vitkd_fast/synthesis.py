@@ -16,10 +16,11 @@ from vitkd_fast.guard import PEAK, GuardedOptimizer
 from vitkd_fast.models import frozen
 from vitkd_fast.objectives import Scene, Terms
 from vitkd_fast.pair import Pair
-from vitkd_fast.replay import RAREST, ReplayPool
+from vitkd_fast.replay import ReplayPool
 from vitkd_fast.sparse import LivePatches
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
+RAREST = 0.1  # of a class at least this part of an equal share is taken as found
 META_RATE = 0.5  # how far the weights that rounds start from move to where a round ended (Nichol et al. 2018, Reptile)
 
 

@@ -17,8 +17,8 @@ def drawn(count=64, channels=3, height=32, width=32, seed=0):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(32, 32), (24, 80), (90, 20), (7, 9)])
 def test_scenes_are_images_of_the_asked_size(channels, size):
-    images = drawn(16, channels, *size)
-    assert images.shape == (16, channels, *size) and images.dtype == torch.float32
+    images = drawn(200, channels, *size)
+    assert images.shape == (200, channels, *size) and images.dtype == torch.float32
     assert images.min() >= 0 and images.max() <= 1
     assert (images.flatten(1).std(1) > 0.001).float().mean() > 0.9
 
