@@ -93,8 +93,8 @@ class Canvas:
         return images
 
     def surface(self, colour: Tensor, textures: Tensor, lively: Tensor) -> Tensor:
-        """(B, C) colours as surfaces, (B, C, H, W): plain where `lively`, (B, 1, 1, 1), is 0; where it is 1, brighter to
-        one side and with one of the textures."""
+        """(B, C) colours as surfaces, (B, C, H, W): plain where `lively`, (B, 1, 1, 1), is 0; where it is 1, brighter
+        to one side and with one of the textures."""
         count = len(colour)
         angle = 2 * math.pi * self.uniform(count, 1, 1, 1)
         ramp = self.rows * angle.sin() + self.columns * angle.cos()
