@@ -20,7 +20,7 @@ from vitkd_fast.replay import ReplayPool
 from vitkd_fast.sparse import LivePatches
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
-RAREST = 0.1  # of a class at least this part of an equal share is taken as found
+LEAST_FOUND = 0.1  # of a class at least this part of an equal share is taken as found
 META_RATE = 0.5  # how far the weights that rounds start from move to where a round ended (Nichol et al. 2018, Reptile)
 
 
@@ -228,9 +228,9 @@ def rolled(images: Tensor, share: float) -> Tensor:
 
 def richest(found: Tensor, count: int) -> Tensor:
     """Indices of the `count` images in which most is found, (B, classes) with all classes counting alike: what is found
-    of a rare one counts more, as if of each at least a part `RAREST` of an equal share were found."""
+    of a rare one counts more, as if of each at least a part `LEAST_FOUND` of an equal share were found."""
     of_class = found.sum(0)
-    return (found / (of_class + RAREST * of_class.mean()).clamp_min(1e-30)).sum(-1).topk(count).indices
+    return (found / (of_class + LEAST_FOUND * of_class.mean()).clamp_min(1e-30)).sum(-1).topk(count).indices
 
 
 def is_due(step: int, share: float) -> bool:
