@@ -49,6 +49,17 @@ def test_config_is_resolved_and_repeats_the_run(run):
     assert same(state(again.student), state(result.student))
 
 
+def test_a_pool_of_large_images_is_smaller_than_the_method_says(monkeypatch):
+    monkeypatch.setattr("vitkd_fast.pair.POOL_BYTES", 70 * 8 * 8)
+    quick = {"steps": 3, "batch_size": 16, "progress": False}
+    report = distill(tiny_teacher(), tiny_student(), **quick).report
+    assert report.settings["pool"] == 70 and any("pool is 70, not 20,480" in note for note in report.notes)
+    report = distill(tiny_teacher(), tiny_student(), pool=100, **quick).report  # somebody's own number stays
+    assert report.settings["pool"] == 100 and "pool is" not in str(report.notes)
+    report = distill(tiny_teacher(), tiny_student(), method="noise", **quick).report  # which keeps none
+    assert "pool is" not in str(report.notes)
+
+
 def test_metrics_are_the_history_line_by_line(run):
     folder, result = run
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -40,7 +40,7 @@ class Config:
     save_minutes: float = 10.0
     """Minutes between saves of the whole run to run.pt in `out`, for `resume`; Ctrl-C saves too, and an error does
     before the first save; a run that comes to its end removes it. With the images of the pool it grows to 3 GB at
-    3 × 224 × 224. 0: no saves."""
+    3 × 224 × 224, to 4 with larger images. 0: no saves."""
 
     teacher_checkpoint: Path | None = None
     """Weights of a teacher given by name: a safetensors file, or a state_dict that torch.save wrote."""
@@ -84,7 +84,7 @@ class Config:
     replay: float = OF_METHOD
     """Share of the student's steps on replayed batches, where images are fresh."""
     pool: int = OF_METHOD
-    """Images kept for replay, on the device, as bytes."""
+    """Images kept for replay, on the device, as bytes; the method's number, but not above 4 GiB of them."""
     candidates: int = OF_METHOD
     """Images drawn for each one that comes into the pool: the one in which the teacher finds most."""
     balanced: bool = OF_METHOD

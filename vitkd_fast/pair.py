@@ -12,6 +12,7 @@ from vitkd_fast.config import Config
 from vitkd_fast.conversion import Conversion
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.layout import Layout, why_not_aligned
+from vitkd_fast.methods import settings_of
 from vitkd_fast.models import frozen, image_spec, normalisation_note, student_image_spec
 from vitkd_fast.objectives import View
 from vitkd_fast.report import ModelFacts, model_facts
@@ -20,6 +21,7 @@ from vitkd_fast.tasks import Classification, task_of
 
 Role = Literal["teacher", "student"]
 TAPPED: dict[str, What] = {"blocks": "tokens", "attention": "qkv"}  # what an objective needs -> what taps record
+POOL_BYTES = 4 << 30  # of images, where the method says how many
 NO_WHOLE_PATCHES = "the teacher's images are not a whole number of patches"
 NO_GRID = "the teacher does not say its grid of patches, as timm's ViTs do in patch_embed.grid_size"
 
@@ -218,6 +220,10 @@ def check_apart(teacher: nn.Module, student: nn.Module) -> None:
 def resolved(config: Config, pair: Pair, device: torch.device) -> Config:
     """The configuration with nothing left to find out."""
     spec = pair.spec
+    pool, room = config.pool, max(POOL_BYTES // (spec.channels * spec.height * spec.width), config.batch_size)
+    if (config.images == "pool" or config.replay) and room < pool == settings_of(config.method, config.task)["pool"]:
+        pair.notes.append(f"pool is {room:,}, not {pool:,}: of images of this size that is {POOL_BYTES >> 30} GiB")
+        pool = room
     return replace(
         config,
         image_size=(spec.height, spec.width),
@@ -225,6 +231,7 @@ def resolved(config: Config, pair: Pair, device: torch.device) -> Config:
         mean=spec.mean,
         std=spec.std,
         device=str(device),
+        pool=pool,
         student_lr=config.student_lr or student_lr(pair.student_tokens),
     )
 
