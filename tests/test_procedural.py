@@ -106,6 +106,26 @@ def test_noise_has_unit_variance_no_mean_and_is_mostly_grey():
     assert power[1:4, 1:4].mean() > 10 * power[12:16, 8:].mean()
 
 
+def test_noise_is_alike_along_rows_and_columns():
+    noise = Canvas(16, 16, CPU).noise(8000, 1)[:, 0]
+    power = torch.fft.fft2(noise).abs().square().mean(0)  # of waves that are their own mirror images, too
+    torch.testing.assert_close(power, power.T, rtol=0.15, atol=0)
+    assert power[0, 0] < 1e-6 and power[0, 1] > 2 * power[0, 2] > 4 * power[0, 8]
+
+
+def test_shapes_are_of_the_kinds_and_numbers_that_are_meant(monkeypatch):
+    canvas = Canvas(4, 4, CPU)
+    monkeypatch.setattr(canvas, "strokes", lambda thickness: thickness[:, None].expand(-1, 16))
+    monkeypatch.setattr(canvas, "regions", lambda count: torch.full((count, 16), -1.0))
+    outlines = canvas.outlines(torch.arange(30.0))
+    assert [len(layer) for layer in outlines] == [30, 24, 18, 12, 6]
+    for number, layer in enumerate(outlines):
+        own = torch.arange(len(layer))
+        strokes = (own % 3 == 0) | ((own % 3 == 1) & (number % 2 == 0))
+        assert torch.equal(layer[:, 3], torch.where(strokes, own.float(), -1.0))
+    assert [len(layer) for layer in canvas.outlines(torch.zeros(1))] == [1] * 5
+
+
 def test_the_generator_draws_for_the_teacher():
     made = GENERATORS["procedural"](ImageSpec(9, 7, (0.2, 0.5), (0.1, 2.0)), GeneratorSettings(latent=4, width=8))
     pixels = made.pixels(made.sample(5))

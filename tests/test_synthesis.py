@@ -190,7 +190,7 @@ def test_images_that_nobody_learns_to_make_fill_the_pool_too_balanced_by_the_tea
         drawn = teacher(torch.cat([made.batch(step) for step in range(40)])).argmax(-1)
     assert (pool.classes[:300] == known).float().mean() > 0.98  # told before they were made bytes
     before, after = (torch.bincount(labels, minlength=4) / len(labels) for labels in (known, drawn))
-    assert before.max() > 0.4 and (after - 0.25).abs().max() < 0.06
+    assert before.max() - before.min() > 0.2 and (after - 0.25).abs().max() < 0.06
 
 
 def test_a_generator_all_of_whose_objectives_are_off_is_refused():

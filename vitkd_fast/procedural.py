@@ -20,6 +20,7 @@ FINEST = 32  # points of the short side at which distances are computed; between
 NOISE_ALONE = 0.15  # share of the images on which there are no shapes
 SHADE = 0.3  # standard deviation of how much brighter a shaded surface is at the image's edge than in its middle
 GRAIN = 0.25  # of a surface's texture, at most
+SURFACES = 4  # grounds that have the same texture, on average; as many shapes have it
 
 
 @register("procedural")
@@ -69,7 +70,7 @@ class Canvas:
         and ground are shaded and textured, as on photographs, on the others plain."""
         black_or_white = self.chance(count, 1, of=1 / 3).float().expand(-1, channels)
         ground = torch.where(self.chance(count, 1, of=0.5), black_or_white, self.colours(count, channels))
-        textures = self.noise(count, channels)
+        textures = self.noise(-(-count // SURFACES), channels)
         lively = self.chance(count, 1, 1, 1, of=0.5).float()
         images = self.surface(ground, textures, lively)
         # Half of the images have one colour that stands out, and on most all shapes have the same.
@@ -78,30 +79,47 @@ class Canvas:
         one_ink = self.chance(count, 1, of=0.6)
         thickness = 0.06 + 0.3 * self.uniform(count).square()
         blur = self.uniform(count, low=0.5, high=2.0) * self.pixel
-        for layer in range(LAYERS):
-            left = -(-count * (LAYERS - layer) // LAYERS)  # images that have as many shapes
-            for kind in range(3):
-                chosen = slice(kind, left, 3)
-                part = images[chosen]
-                if len(part) == 0:
-                    continue
-                strokes = kind == 0 or (kind == 1 and layer % 2 == 0)
-                outline = self.strokes(thickness[chosen]) if strokes else self.regions(len(part))
-                cover = self.cover(outline, blur[chosen])
-                colour = torch.where(one_ink[chosen], ink[chosen], self.colours(len(part), channels))
-                part.lerp_(self.surface(colour, textures, lively[chosen]), cover.expand_as(part))
+        for outline in self.outlines(thickness):
+            having = slice(len(outline))
+            cover = self.cover(outline, blur[having])
+            colour = torch.where(one_ink[having], ink[having], self.colours(len(outline), channels))
+            surface = self.surface(colour, textures, lively[having])
+            images[having].lerp_(surface, cover.expand_as(surface))
         return images
+
+    def outlines(self, thickness: Tensor) -> list[Tensor]:
+        """Distances from the first shape of all images, from the second of those that have two, and so on, each
+        (images, points). Of three images one has strokes, one filled shapes and one both by turns.
+
+        All strokes are computed at once: a GPU is asked a few hundred times for a batch, not some thousand.
+        """
+        count, points = len(thickness), self.points.shape[1]
+        having = [-(-count * (LAYERS - layer) // LAYERS) for layer in range(LAYERS)]
+        outlines = [self.points.new_empty(images, points) for images in having]
+        lines: list[Tensor] = []  # where strokes go
+        fills: list[Tensor] = []
+        halves: list[Tensor] = []  # of their thickness
+        for layer, outline in enumerate(outlines):
+            for kind in range(3):
+                if kind == 0 or (kind == 1 and layer % 2 == 0):
+                    lines.append(outline[kind::3])
+                    halves.append(thickness[kind : len(outline) : 3])
+                else:
+                    fills.append(outline[kind::3])
+        torch._foreach_copy_(lines, self.strokes(torch.cat(halves)).split([*map(len, lines)]))
+        torch._foreach_copy_(fills, self.regions(sum(map(len, fills))).split([*map(len, fills)]))
+        return outlines
 
     def surface(self, colour: Tensor, textures: Tensor, lively: Tensor) -> Tensor:
         """(B, C) colours as surfaces, (B, C, H, W): plain where `lively`, (B, 1, 1, 1), is 0; where it is 1, brighter
         to one side and with one of the textures."""
         count = len(colour)
         angle = 2 * math.pi * self.uniform(count, 1, 1, 1)
-        ramp = self.rows * angle.sin() + self.columns * angle.cos()
-        shade = SHADE * torch.randn(count, 1, 1, 1, device=self.device)
-        grain = GRAIN * self.uniform(count, 1, 1, 1).pow(1.5)
+        shade = SHADE * lively * torch.randn(count, 1, 1, 1, device=self.device)
+        grain = GRAIN * lively * self.uniform(count, 1, 1, 1).pow(1.5)
         texture = textures[torch.randint(len(textures), (count,), device=self.device)]
-        return (colour[:, :, None, None] + lively * shade * ramp).addcmul_(texture, lively * grain)
+        plain = colour[:, :, None, None] + shade * angle.sin() * self.rows
+        return (plain + shade * angle.cos() * self.columns).addcmul_(texture, grain)
 
     def colours(self, count: int, channels: int) -> Tensor:
         """(count, channels) of any brightness and of any saturation."""
@@ -139,9 +157,12 @@ class Canvas:
         for start, step in zip(corners[:, :-1].unbind(1), corners.diff(dim=1).unbind(1)):
             (row, column), (down, right) = start[..., None].unbind(1), step[..., None].unbind(1)
             row, column = rows - row, columns - column
-            along = ((row * down + column * right) / (down * down + right * right).clamp_min(1e-8)).clamp_(0, 1)
-            square = (row - along * down).square_() + (column - along * right).square_()
-            nearest = square if nearest is None else torch.minimum(nearest, square)
+            length = (down * down + right * right).clamp_min(1e-8)
+            along = (row * (down / length)).addcmul_(column, right / length).clamp_(0, 1)
+            row.addcmul_(along, down, value=-1)
+            column.addcmul_(along, right, value=-1)
+            square = row.square_().addcmul_(column, column)
+            nearest = square if nearest is None else torch.minimum(nearest, square, out=nearest)
         assert nearest is not None
         return nearest.sqrt_()
 
@@ -164,18 +185,24 @@ class Canvas:
         ground = self.uniform(count, channels, 1, 1, low=0.2, high=0.8)
         contrast = self.uniform(count, 1, 1, 1, low=0.1, high=0.5)
         instead = self.chance(count, 1, 1, 1, of=alone)
-        return torch.where(instead, ground + contrast * noise, images + strength * noise)
+        return torch.where(instead, ground, images).addcmul_(noise, torch.where(instead, contrast, strength))
 
     def noise(self, count: int, channels: int) -> Tensor:
         """Noise whose amplitude falls with the frequency to a random power, (B, C, H, W), of about unit variance; most
         of it is the same in all channels."""
         height, width = self.size
         rows, columns = torch.fft.fftfreq(height, device=self.device), torch.fft.rfftfreq(width, device=self.device)
-        frequency = torch.hypot(rows[:, None], columns).clamp_min(1 / max(self.size))
-        amplitude = frequency.pow(-self.uniform(count, 1, 1, 1, low=0.3, high=2.0))
+        octave = torch.hypot(rows[:, None], columns).clamp_min(1 / max(self.size)).log()
+        amplitude = (octave * -self.uniform(count, 1, 1, 1, low=0.3, high=2.0)).exp()
         amplitude[:, :, 0, 0] = 0
-        white = torch.randn(count, 1, height, width, device=self.device)
+        waves = torch.randn(count, 1, *octave.shape, 2, device=self.device)
         if channels > 1:
-            white = white + 0.5 * torch.randn(count, channels, height, width, device=self.device)
-        noise = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=self.size)
-        return noise / noise.std((1, 2, 3), correction=0, keepdim=True).clamp_min(1e-6)
+            waves = waves + 0.5 * torch.randn(count, channels, *octave.shape, 2, device=self.device)
+        waves = torch.view_as_complex(waves * amplitude[..., None])
+        # A real image's waves of opposite directions are conjugates. Most of these pairs have one wave here.
+        for column in (0, width // 2) if width % 2 == 0 else (0,):
+            both = waves[..., column]
+            waves[..., column] = (both + both.flip(-1).roll(1, -1).conj()) / 2**0.5
+        noise = torch.fft.irfft2(waves, s=self.size)
+        length = torch.linalg.vector_norm(noise, dim=(1, 2, 3), keepdim=True)
+        return noise.mul_(noise[0].numel() ** 0.5 / length.clamp_min(1e-6))

@@ -11,8 +11,9 @@ from vitkd_fast.procedural import Canvas, drawn
 THINGS = 6  # on a scene, at most
 SIZES = (0.12, 0.7)  # of a thing's square, in sides of the image
 STROKES = 3  # of a thing, at most
+FILLED = 10  # of so many things one is filled, not of strokes
 DETAIL = 32  # pixels of the square on which a thing is drawn
-FULL = 0.25  # share of the scenes that have shapes of their own beneath the things
+FULL = 4  # of so many scenes one has shapes of its own beneath the things
 
 
 @register("scenes")
@@ -27,18 +28,19 @@ class SceneGenerator(Generator):
 def scenes(count: int, channels: int, height: int, width: int, device: torch.device) -> Tensor:
     """(count, channels, height, width) images in [0, 1], from the device's global random state."""
     canvas = Canvas(height, width, device)
-    plain = canvas.colours(count, channels)[:, :, None, None].expand(-1, -1, height, width)
-    full = drawn(count, channels, height, width, device)
-    images = torch.where(canvas.chance(count, 1, 1, 1, of=FULL), full, plain)
+    images = canvas.colours(count, channels)[:, :, None, None].repeat(1, 1, height, width)
+    full = -(-count // FULL)
+    images[:full] = drawn(full, channels, height, width, device)
+    images = images[torch.randperm(count, device=device)]
     # On most scenes all things have one colour, that stands out from the ground.
     opposite = (images.mean((1, 2, 3)) < 0.5).float()[:, None]
     ink = opposite.lerp(canvas.colours(count, channels), 0.5 * canvas.uniform(count, 1))
     one_ink = canvas.chance(count, 1, of=0.7)
     present = canvas.uniform(count, high=THINGS)
-    for thing in range(THINGS):
+    for thing, cover in enumerate(things(count * THINGS, device).split(count)):
         colour = torch.where(one_ink, ink, canvas.colours(count, channels))[:, :, None, None]
-        cover = placed(things(count, device), height, width) * (present > thing).view(-1, 1, 1, 1)
-        images = images.lerp(colour.expand_as(images), cover.expand_as(images))
+        cover = placed(cover, height, width) * (present > thing).view(-1, 1, 1, 1)
+        images.lerp_(colour.expand_as(images), cover.expand_as(images))
     return canvas.textured(images, alone=0.03).clamp_(0, 1)
 
 
@@ -47,13 +49,14 @@ def things(count: int, device: torch.device) -> Tensor:
     canvas = Canvas(DETAIL, DETAIL, device)
     thickness = 0.08 + 0.25 * canvas.uniform(count).square()
     blur = canvas.uniform(count, low=0.5, high=3.0) * canvas.pixel
-    strokes = canvas.uniform(count, high=STROKES)
-    cover = canvas.cover(canvas.strokes(thickness), blur)
-    for stroke in range(1, STROKES):
-        more = canvas.cover(canvas.strokes(thickness), blur)
-        cover = torch.maximum(cover, more * (strokes > stroke).view(-1, 1, 1, 1))
-    filled = canvas.chance(count, 1, 1, 1, of=0.1)
-    return torch.where(filled, canvas.cover(canvas.regions(count), blur), cover)
+    filled = -(-count // FILLED)
+    # As many have one stroke as have two, and as have three.
+    having = [-(-(count - filled) * (STROKES - stroke) // STROKES) for stroke in range(STROKES)]
+    first, *others = canvas.strokes(torch.cat([thickness[:some] for some in having])).split(having)
+    for other in others:
+        torch.minimum(first[: len(other)], other, out=first[: len(other)])
+    cover = canvas.cover(torch.cat((first, canvas.regions(filled))), blur)
+    return cover[torch.randperm(count, device=device)]
 
 
 def placed(cover: Tensor, height: int, width: int) -> Tensor:
