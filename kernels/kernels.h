@@ -64,6 +64,28 @@ struct Gelu {
   void* out;
 };
 
+enum class AttentionKDKind : int32_t { kl, mse };
+
+// Whose attention is compared: the queries and keys of some heads.
+struct AttentionSide {
+  DType dtype;  // double only where the other side's is
+  int64_t heads, head_dim;
+  double scale;
+  const void* qk;     // (batch, tokens, 2 or more, heads, head_dim), head_dim contiguous
+  int64_t stride[4];  // of batch, tokens, queries and keys, heads
+  void* grad;         // of an image's loss, (batch, tokens, 2, heads, head_dim) contiguous, float or double; or null
+};
+
+// KL(p || q) or the squared distance between rows of softmax(scale * q k^T), the teacher's p and the student's q, or
+// between their means over heads; of an image it is the mean over queries and heads. On the CPU alone.
+struct AttentionKD {
+  AttentionKDKind kind;
+  bool average_heads;  // else both have as many
+  int64_t batch, tokens;
+  AttentionSide student, teacher;
+  void* loss;  // (batch, 1 or heads), the means over queries, float or double
+};
+
 // data *= factor * share, of both; a factor * share of 1 touches neither.
 struct Scale {
   DType dtype;
@@ -82,6 +104,7 @@ void attention(const Attention&, ParallelFor);
 void attention_backward(const AttentionBackward&, ParallelFor);
 void kd_loss(const KDLoss&, ParallelFor);
 void gelu(const Gelu&, ParallelFor);
+void attention_kd(const AttentionKD&, ParallelFor);
 
 }  // namespace cpu
 

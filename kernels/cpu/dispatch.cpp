@@ -12,6 +12,7 @@ namespace vitkd::cpu {
   void attention_backward(const AttentionBackward&, ParallelFor); \
   void kd_loss(const KDLoss&, ParallelFor);                       \
   void gelu(const Gelu&, ParallelFor);                            \
+  void attention_kd(const AttentionKD&, ParallelFor);             \
   }
 
 VITKD_DECLARE(portable)
@@ -29,12 +30,13 @@ struct Kernels {
   decltype(&portable::attention_backward) attention_backward, attention_backward_bf16;
   decltype(&portable::kd_loss) kd_loss;
   decltype(&portable::gelu) gelu, gelu_bf16;
+  decltype(&portable::attention_kd) attention_kd;
 };
 
 #define VITKD_KERNELS(isa, bf16)                                                                            \
   Kernels {                                                                                                 \
     isa::attention, bf16::attention, isa::attention_backward, bf16::attention_backward, isa::kd_loss, isa::gelu, \
-        bf16::gelu                                                                                          \
+        bf16::gelu, isa::attention_kd                                                                       \
   }
 
 Kernels choose() {
@@ -71,5 +73,6 @@ void kd_loss(const KDLoss& args, ParallelFor parallel_for) { kernels().kd_loss(a
 void gelu(const Gelu& args, ParallelFor parallel_for) {
   (args.dtype == DType::bfloat16 ? kernels().gelu_bf16 : kernels().gelu)(args, parallel_for);
 }
+void attention_kd(const AttentionKD& args, ParallelFor parallel_for) { kernels().attention_kd(args, parallel_for); }
 
 }  // namespace vitkd::cpu

@@ -96,7 +96,7 @@ FUNCTIONAL = {
     ),
     "attention_kd": (
         lambda x: attention_kd(*x.unbind(1)),
-        lambda x: attention_kd(*(attention_scores(side).softmax(-1) for side in x.unbind(1))),
+        lambda x: attention_kd(*(attention_scores(side, side.shape[-1] ** -0.5).softmax(-1) for side in x.unbind(1))),
         (2, 2, 5, 3, 1, 8),
     ),
 }

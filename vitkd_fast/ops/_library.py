@@ -47,6 +47,11 @@ def number(name: str, value: float) -> float:
     return float(value)
 
 
+def keepable(tensor: Tensor) -> Tensor:
+    """What autograd can keep for backward: of a tensor made in inference mode, as a teacher's output may be, a copy."""
+    return tensor.clone() if tensor.is_inference() and torch.is_grad_enabled() else tensor
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are real tensors in eager mode, which nothing traces or transforms.
 

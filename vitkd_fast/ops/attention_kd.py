@@ -1,12 +1,12 @@
 """Distillation of attention: each query of the student attends where the teacher's does; gradients to both sides."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from vitkd_fast.ops._library import transformed
+from vitkd_fast.ops._library import LIBRARY, Below, is_plain, keepable, number, transformed
 from vitkd_fast.ops._precise import (
     Reduction,
     check_choice,
@@ -17,14 +17,15 @@ from vitkd_fast.ops._precise import (
 )
 
 Kind = Literal["kl", "mse"]
+KINDS = get_args(Kind)
 
 
-def attention_scores(attention: Tensor, scale: float | None = None) -> Tensor:
+def attention_scores(attention: Tensor, scale: float) -> Tensor:
     """What the softmax over keys turns into the attention map, (B, H, N, N), of a packed qkv or of the map itself."""
     if attention.dim() == 4:
         return attention.clamp_min(torch.finfo(attention.dtype).tiny).log()
     query, key = attention.permute(2, 0, 3, 1, 4)[:2]  # each (B, H, N, D)
-    return query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
+    return query * scale @ key.mT
 
 
 def log_attention(scores: Tensor, average_heads: bool) -> tuple[Tensor, Tensor]:
@@ -33,13 +34,11 @@ def log_attention(scores: Tensor, average_heads: bool) -> tuple[Tensor, Tensor]:
     return heads, heads.logsumexp(1, keepdim=True) - math.log(heads.shape[1]) if average_heads else heads
 
 
-def attention_kd_formula(log_q: Tensor, log_p: Tensor, kind: Kind) -> Tensor:
-    """The loss of each image, (B,), between the log maps (B, H, N, N) of student (q) and teacher (p)."""
+def attention_kd_rows(log_q: Tensor, log_p: Tensor, kind: Kind) -> Tensor:
+    """The loss of each query, (B, H, N), between the log maps (B, H, N, N) of student (q) and teacher (p)."""
     if kind == "mse":
-        rows = (log_p.exp() - log_q.exp()).square().sum(-1)
-    else:
-        rows = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return rows.mean((1, 2))
+        return (log_p.exp() - log_q.exp()).square().sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def attention_kd_grads_formula(log_q: Tensor, log_p: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
@@ -60,22 +59,95 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(student, teacher)
         ctx.arguments = kind, average_heads, scales
         (_, log_q), (_, log_p) = _log_maps(student, teacher, average_heads, scales)
-        return attention_kd_formula(log_q, log_p, kind)
+        return attention_kd_rows(log_q, log_p, kind).mean((1, 2))
 
     @staticmethod
     def backward(ctx, grad):
-        student, teacher = ctx.saved_tensors
-        kind, average_heads, scales = ctx.arguments
-        with without_autocast(student.device):
-            (q_heads, log_q), (p_heads, log_p) = _log_maps(student, teacher, average_heads, scales)
-            weight = (grad / (log_q.shape[1] * log_q.shape[2])).view(-1, 1, 1, 1)
-            grad_q, grad_p = attention_kd_grads_formula(log_q, log_p, kind)
-            student_grad = teacher_grad = None
-            if ctx.needs_input_grad[0]:
-                student_grad = _packed_grad(grad_q * weight, q_heads, log_q, student, scales[0])
-            if ctx.needs_input_grad[1]:
-                teacher_grad = _packed_grad(grad_p * weight, p_heads, log_p, teacher, scales[1])
-        return student_grad, teacher_grad, None, None, None
+        sides = ctx.saved_tensors
+        with without_autocast(grad.device):
+            grads = _grads(*sides, *ctx.arguments, ctx.needs_input_grad[:2], grad)
+        return *map(_packed, grads, sides), None, None, None
+
+
+class _Kept(torch.autograd.Function):
+    """What the kernel gives: losses and, kept for backward, what queries and keys get of each image's."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, kind, average_heads, scales):
+        ctx.arguments = kind, average_heads, scales
+        dtype = precise_dtype(student, teacher)
+        sides = [side.to(dtype) if dtype is torch.float64 else side for side in (student, teacher)]
+        with Below():
+            losses, *grads = torch.ops.vitkd.attention_kd(
+                *sides, KINDS.index(kind), average_heads, *scales, *ctx.needs_input_grad[:2]
+            )
+        ctx.save_for_backward(student, teacher, *grads)
+        return losses.mean(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *sides, student_grad, teacher_grad = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain(grad):  # create_graph, or traced
+            with without_autocast(grad.device):
+                grads = _grads(*sides, *ctx.arguments, ctx.needs_input_grad[:2], grad)
+            return *map(_packed, grads, sides), None, None, None
+        packed = [_scaled(*pair, grad) for pair in zip((student_grad, teacher_grad), sides, strict=True)]
+        return *packed, None, None, None
+
+
+def _grads(student, teacher, kind, average_heads, scales, wanted, weight: Tensor | None = None):
+    """What queries and keys get, each (B, N, 2, H, D), of all images' losses, each times its `weight` (B,)."""
+    (q_heads, log_q), (p_heads, log_p) = _log_maps(student, teacher, average_heads, scales)
+    grad_q, grad_p = attention_kd_grads_formula(log_q, log_p, kind)
+    share = 1 / (log_q.shape[1] * log_q.shape[2])
+    if weight is not None:
+        share = (weight * share).view(-1, 1, 1, 1)
+    return [
+        _of_queries_and_keys(grad * share, heads, log_map, qkv, scale) if want else None
+        for want, grad, heads, log_map, qkv, scale in (
+            (wanted[0], grad_q, q_heads, log_q, student, scales[0]),
+            (wanted[1], grad_p, p_heads, log_p, teacher, scales[1]),
+        )
+    ]
+
+
+def _packed(grad: Tensor | None, qkv: Tensor) -> Tensor | None:
+    """(B, N, 2, H, D) in the form and dtype of qkv, nothing for the values."""
+    if grad is None:
+        return None
+    nothing = torch.zeros_like(qkv[:, :, 2:], dtype=grad.dtype)
+    return torch.cat((grad, nothing), 2).to(qkv.dtype)
+
+
+def _scaled(kept: Tensor, qkv: Tensor, weight: Tensor) -> Tensor | None:
+    """The same of what was kept, empty where none was wanted, each image's times its weight."""
+    if kept.dim() == 1:
+        return None
+    packed = torch.empty_like(qkv)
+    torch.mul(kept, weight.view(-1, 1, 1, 1, 1), out=packed[:, :, :2])
+    packed[:, :, 2:] = 0
+    return packed
+
+
+def attention_kd_formula_with_grads(
+    student, teacher, kind, average_heads, student_scale, teacher_scale, student_grad, teacher_grad
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in plain torch: (B, 1 or H) losses, means over the queries; what queries and keys get of each image's mean
+    over heads, (B, N, 2, H, D), where that is wanted (empty where not)."""
+    scales, wanted = (student_scale, teacher_scale), (student_grad, teacher_grad)
+    (_, log_q), (_, log_p) = _log_maps(student, teacher, average_heads, scales)
+    grads = _grads(student, teacher, KINDS[kind], average_heads, scales, wanted) if any(wanted) else (None, None)
+    losses = attention_kd_rows(log_q, log_p, KINDS[kind]).mean(2)
+    student, teacher = (losses.new_empty(0) if grad is None else grad for grad in grads)
+    return losses, student, teacher
+
+
+# No op of the public kind: the CPU alone has a kernel for it, and `attention_kd` alone calls it.
+LIBRARY.define(
+    "attention_kd(Tensor student, Tensor teacher, int kind, bool average_heads, float student_scale,"
+    " float teacher_scale, bool student_grad, bool teacher_grad) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("attention_kd", attention_kd_formula_with_grads, "CompositeExplicitAutograd")
 
 
 def _log_maps(student, teacher, average_heads, scales):
@@ -86,18 +158,14 @@ def _log_maps(student, teacher, average_heads, scales):
     ]
 
 
-def _packed_grad(grad: Tensor, heads: Tensor, log_map: Tensor, qkv: Tensor, scale: float | None) -> Tensor:
+def _of_queries_and_keys(grad: Tensor, heads: Tensor, log_map: Tensor, qkv: Tensor, scale: float) -> Tensor:
     """From the gradient of the compared log map back through the heads' mean, the softmax and q kᵀ."""
     if heads is not log_map:
         # in logs: a head's share of the mean is at most H, however far both have underflowed
         grad = grad * (heads - log_map - math.log(heads.shape[1])).exp()
     grad = grad - heads.exp() * grad.sum(-1, keepdim=True)  # (B, H, N, N), of the scores
     query, key = qkv.to(grad.dtype).permute(2, 0, 3, 1, 4)[:2]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    packed = torch.zeros_like(qkv)
-    packed[:, :, 0] = (grad @ key * scale).transpose(1, 2)
-    packed[:, :, 1] = (grad.mT @ query * scale).transpose(1, 2)
-    return packed
+    return torch.stack(((grad @ key * scale).transpose(1, 2), (grad.mT @ query * scale).transpose(1, 2)), 2)
 
 
 def attention_kd(
@@ -131,9 +199,9 @@ def attention_kd(
         ValueError: another shape, different B or N, heads that cannot be paired, an unknown kind or reduction.
         TypeError, RuntimeError: a dtype that is none of the above, tensors on different devices.
 
-    Packed inputs are all that is kept for backward: no N×N map stays in memory between blocks. Source: the place of
-    the loss is L_patch of Habib et al. 2024 (arXiv 2408.05952), "patch attention loss"; its exact form is not
-    published, so this one is ours.
+    No N×N map stays in memory between blocks: packed inputs are kept for backward and, on the CPU, where one kernel
+    gives the loss and its gradients, those of queries and keys in float32. Source: the place of the loss is L_patch of
+    Habib et al. 2024 (arXiv 2408.05952), "patch attention loss"; its exact form is not published, so this one is ours.
     """
     check_choice("kind", kind, Kind)
     check_choice("reduction", reduction, Reduction)
@@ -156,13 +224,24 @@ def attention_kd(
             f"student has {student_heads} heads and teacher {teacher_heads}, which cannot be paired; leave "
             f"average_heads at None."
         )
-    scales = student_scale, teacher_scale
+    scales = [
+        side.shape[-1] ** -0.5 if scale is None else number(name, scale)
+        for side, name, scale in (
+            (student, "student_scale", student_scale),
+            (teacher, "teacher_scale", teacher_scale),
+        )
+    ]
     with without_autocast(student.device):
         if student.dim() == teacher.dim() == 5 and not transformed():
-            losses = _Recomputed.apply(student, teacher, kind, average_heads, scales)
+            plain = is_plain(student, teacher)
+            if plain:
+                student, teacher = keepable(student), keepable(teacher)
+            losses = (_Kept if plain and student.is_cpu else _Recomputed).apply(
+                student, teacher, kind, average_heads, scales
+            )
         else:
             (_, log_q), (_, log_p) = _log_maps(student, teacher, average_heads, scales)
-            losses = attention_kd_formula(log_q, log_p, kind)
+            losses = attention_kd_rows(log_q, log_p, kind).mean((1, 2))
     return reduced(losses, reduction)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from vitkd_fast import choice
-from vitkd_fast.ops._library import LIBRARY, Below, define, differentiate, is_plain, number, transformed
+from vitkd_fast.ops._library import LIBRARY, Below, define, differentiate, is_plain, keepable, number, transformed
 
 Kind = Literal["kl", "reverse_kl", "js", "l1", "mse"]
 Reduction = Literal["batchmean", "none"]
@@ -267,7 +267,7 @@ def kd_loss(
     index = KINDS.index(kind)
     if is_plain(student, teacher):
         if wanted[0] or wanted[1]:
-            return _Loss.apply(student, teacher, ops, index, temperature, mean)
+            return _Loss.apply(keepable(student), keepable(teacher), ops, index, temperature, mean)
         with Below():
             return ops.kd_loss(student, teacher, index, temperature, False, False, 1.0, mean)[0]
     weight = _kept_weight(student, index, temperature, wanted) or 1.0

@@ -209,6 +209,64 @@ void gelu_case(DType dtype, int64_t count, int64_t offset) {
   }
 }
 
+void attention_kd_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t offset) {
+  const int64_t batch = 2, heads[] = {2, tokens % 2 ? 2 : 3}, head_dims[] = {head_dim, 5};
+  const DType grad_dtype = dtype == DType::float64 ? dtype : DType::float32;
+  const bool average = heads[0] != heads[1] || tokens % 3 == 0;
+  const int64_t groups = average ? 1 : heads[0];
+  AttentionKD args{AttentionKDKind::kl, average, batch, tokens, {}, {}, nullptr};
+  const auto elements = [&](int i) { return batch * tokens * heads[i] * head_dims[i]; };
+  Buffer student(dtype, 3 * elements(0), offset), teacher(dtype, 2 * elements(1), offset);
+  Buffer grad_s(grad_dtype, 2 * elements(0), offset), grad_t(grad_dtype, 2 * elements(1), offset);
+  Buffer loss(grad_dtype, batch * groups, offset);
+  Buffer* const inputs[] = {&student, &teacher};
+  AttentionSide* const sides[] = {&args.student, &args.teacher};
+  std::vector<double> maps[2];  // (batch, heads, queries, keys), or their means, with one head
+  for (int i = 0; i < 2; ++i) {
+    inputs[i]->fill();
+    const int64_t channels = heads[i] * head_dims[i], row = (3 - i) * channels;
+    *sides[i] = {dtype, heads[i], head_dims[i], 0.3 / double(head_dims[i]), inputs[i]->data(),
+                 {tokens * row, row, channels, head_dims[i]}, (i ? grad_t : grad_s).data()};
+    maps[i].assign(static_cast<size_t>(batch * groups * tokens * tokens), 0.0);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t h = 0; h < heads[i]; ++h) {
+        auto at = [&](int64_t n, int64_t which, int64_t d) {
+          return inputs[i]->get((b * tokens + n) * row + which * channels + h * head_dims[i] + d);
+        };
+        for (int64_t query = 0; query < tokens; ++query) {
+          std::vector<double> p(static_cast<size_t>(tokens), 0.0);
+          double sum = 0;
+          for (int64_t key = 0; key < tokens; ++key) {
+            for (int64_t d = 0; d < head_dims[i]; ++d) p[key] += at(query, 0, d) * at(key, 1, d) * sides[i]->scale;
+            sum += p[key] = std::exp(p[key]);
+          }
+          const int64_t group = b * groups + (average ? 0 : h);
+          double* const map = &maps[i][static_cast<size_t>((group * tokens + query) * tokens)];
+          for (int64_t key = 0; key < tokens; ++key) map[key] += p[key] / sum / double(average ? heads[i] : 1);
+        }
+      }
+    }
+  }
+  args.loss = loss.data();
+  for (int kind = 0; kind < 2; ++kind) {
+    args.kind = AttentionKDKind(kind);
+    cpu::attention_kd(args, serial);
+    for (int64_t group = 0; group < batch * groups; ++group) {
+      double want = 0;
+      for (int64_t k = group * tokens * tokens; k < (group + 1) * tokens * tokens; ++k) {
+        const double q = maps[0][static_cast<size_t>(k)], p = maps[1][static_cast<size_t>(k)];
+        want += (kind ? (p - q) * (p - q) : p * std::log(p / q)) / double(tokens);
+      }
+      expect(loss.get(group), want, 1, DType::float32, "attention_kd");
+    }
+    for (const Buffer* grad : {&grad_s, &grad_t}) {
+      double total = 0;
+      for (int64_t k = 0; k < grad->size; ++k) total += std::abs(grad->get(k));
+      if (!(total < 1e3) || (total == 0 && tokens > 1)) expect(1, 0, 0, dtype, "attention_kd's gradient");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -221,6 +279,9 @@ int main() {
       if (offset > 0) attention_case(dtype, dtype, dtype == DType::bfloat16 ? 261 : 130, 40, offset), ++cases;
       for (int64_t head_dim : {40, 64}) {
         if (dtype == DType::float32) attention_case(dtype, DType::bfloat16, 33, head_dim, offset), ++cases;
+      }
+      for (int64_t tokens : {1, 2, 15, 16, 17, 35, 70}) {
+        for (int64_t head_dim : {1, 16, 33}) attention_kd_case(dtype, tokens, head_dim, offset), ++cases;
       }
       for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
       if (dtype == DType::float64) continue;
