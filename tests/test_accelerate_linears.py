@@ -97,3 +97,19 @@ def test_vectorised_jacobians(gains):
 
 def test_the_doctor_knows(gains):
     assert doctor().ops["linear"]["cpu"].startswith("oneDNN")
+
+
+def test_weights_of_other_kinds_are_asked_by_torchs_name():
+    class Ones(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is nn.functional.linear:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return function(args[0], torch.ones_like(args[1].as_subclass(torch.Tensor)), *args[2:])
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    layer = nn.Linear(256, 256)
+    accelerate(layer)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Ones))
+    images = torch.randn(512, 256)
+    torch.testing.assert_close(layer(images), images.sum(1, keepdim=True) + layer.bias)

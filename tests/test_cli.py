@@ -208,3 +208,9 @@ def test_a_terminal_of_few_characters():
     environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-m", "vitkd_fast", "methods"], capture_output=True, env=environ)
     assert done.returncode == 0 and b"with --task detection" in done.stdout and b"?" in done.stdout
+
+
+def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--steps", "1", "--json", str(tmp_path)])
+    assert stop.value.code == 2 and "Is a directory" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """Which teachers and students go together: what they learn by, what is off and why, what is refused."""
 
+import copy
+
 import pytest
 import torch
-from tiny import CLASSES, QUICK, SIZE, same, state, tiny_student, tiny_teacher
+from tiny import CLASSES, QUICK, SIZE, TinyNet, same, state, tiny_student, tiny_teacher
 from torch import nn
 
 from vitkd_fast.distill import distill
@@ -143,3 +145,34 @@ def test_a_traced_student_is_a_student():
     student = torch.jit.trace(tiny_student().eval(), torch.zeros(2, 1, SIZE, SIZE))
     result = distill(tiny_teacher(), student, steps=2, accelerate=False, **QUICK)
     assert result.report.status == "completed"
+
+
+class TwoHeads(nn.Module):
+    """Gives, in training, auxiliary logits beside its own, as Inception does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.auxiliary = tiny_student(), tiny_student()
+        self.pretrained_cfg = self.inner.pretrained_cfg
+
+    def forward(self, images):
+        logits = self.inner(images)
+        return (logits, self.auxiliary(images), logits) if self.training else logits
+
+
+def test_of_logits_and_auxiliary_ones_the_first_are_learned():
+    student = TwoHeads()
+    before = copy.deepcopy(student.auxiliary.state_dict())
+    distill(tiny_teacher(), student, steps=3, **QUICK)
+    learned = {name: weight for name, weight in student.auxiliary.named_parameters()}
+    assert all(torch.equal(before[name], weight) for name, weight in learned.items())
+
+
+def test_a_student_that_records_no_gradient_is_refused():
+    class Silent(TinyNet):
+        @torch.no_grad()
+        def forward(self, images):
+            return super().forward(images)
+
+    with pytest.raises(ValueError, match=r"student's output has no gradient: its forward runs under torch.no_grad"):
+        distill(tiny_teacher(), Silent(8), steps=3, **QUICK)

@@ -1,5 +1,7 @@
 """Classifiers of transformers as teachers and students: logits, last tokens and their grid, evaluation."""
 
+import json
+
 import pytest
 import torch
 from tiny import CLASSES, QUICK, SIZE
@@ -80,3 +82,13 @@ def test_outputs_of_other_kinds_say_what_to_do():
 
     with pytest.raises(ValueError, match=r"gives dict for two images; .* Wrap it so that it gives them alone"):
         distill(Pair(), timm_vit(8), steps=2, image_size=(SIZE, SIZE), channels=1, **QUICK)
+
+
+def test_a_student_calls_its_classes_what_the_teacher_calls_them(tmp_path):
+    names = ["dog", "cat", "owl", "elk"]
+    teacher, student = (classifier(id2label=dict(enumerate(order))) for order in (names, names[::-1]))
+    result = distill(teacher, student, steps=2, out=tmp_path / "run", **QUICK)
+    said = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
+    assert [said["id2label"][str(label)] for label in range(4)] == names
+    assert [said["label2id"][name] for name in names] == [0, 1, 2, 3]
+    assert any("calls the classes what the teacher's does" in note for note in result.report.notes)

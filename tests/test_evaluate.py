@@ -1,10 +1,14 @@
 """Evaluation: exact shares over uneven batches, functions, and folders of images."""
 
+import copy
+
 import pytest
 import torch
+from tiny import QUICK, held_images, tiny_student, tiny_teacher
 from torch import nn
 
-from vitkd_fast.evaluate import check, evaluate_pair, image_folder, tried
+from vitkd_fast.distill import distill
+from vitkd_fast.evaluate import check, evaluate_pair, image_folder, read_image, tried
 from vitkd_fast.generator import ImageSpec
 
 CPU = torch.device("cpu")
@@ -176,3 +180,42 @@ def test_photographs_cover_the_teachers_images(size, photograph, tmp_path):
 def test_a_folder_without_classes_is_refused_before_the_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no subfolders"):
         check(tmp_path)
+
+
+def test_a_function_may_leave_models_in_training_mode():
+    def measured(model):
+        model.eval()
+        share = float((model(held_images(32)).argmax(1) == 0).float().mean())
+        model.train()
+        return share
+
+    teacher = tiny_teacher()
+    before = copy.deepcopy(teacher.state_dict())
+    seen = []
+    teacher.register_forward_hook(lambda module, given, returned: seen.append(module.training))
+    options = {**QUICK, "steps": 12, "evaluate": measured, "evaluate_every": 6}
+    result = distill(teacher, tiny_student(), **options)
+    assert not any(seen)
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    alone = distill(tiny_teacher(), tiny_student(), **{**options, "evaluate": None, "evaluate_every": 0})
+    state = result.student.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in alone.student.state_dict().items())
+
+
+def test_a_folder_says_what_it_lacks(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "moving.gif").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"has no images in its subfolders; accepted: \.jpg, "):
+        distill(tiny_teacher(), tiny_student(), steps=1, evaluate=tmp_path, **QUICK)
+    with pytest.raises(ValueError, match="evaluate is ''; accepted: a folder of images, or None"):
+        distill(tiny_teacher(), tiny_student(), steps=1, evaluate="", **QUICK)
+    with pytest.raises(ValueError, match=r"channels is 4; accepted with a folder of images: 1 \(grey\) or 3"):
+        image_folder(tmp_path, ImageSpec(8, 8, (0.5,) * 4, (0.5,) * 4))
+
+
+@pytest.mark.parametrize("content", [b"P6 4 4 255\nab", b"P6 90000 90000 255\nab"], ids=["cut off", "bomb"])
+def test_a_broken_ppm_is_named(content, tmp_path):
+    (tmp_path / "x.ppm").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.ppm cannot be read as an image"):
+        read_image(tmp_path / "x.ppm", "x.ppm")

@@ -161,3 +161,9 @@ def test_a_weight_without_a_gradient_does_not_decay():
 def test_a_convolution_that_answers_is_not_muons():
     cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 10, 1))
     assert hidden_matrices(cnn, channels=3, outputs=(10,)) == [cnn[1].weight]
+
+
+def test_weights_that_are_computed_from_others_are_not_muons():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    assert [id(weight) for weight in hidden_matrices(model, 3, (4,))] == [id(model[0].weight)]

@@ -409,3 +409,13 @@ def test_a_student_needs_something_to_minimise(tmp_path):
 def test_agreement_is_the_share_of_equal_decisions():
     scene = scene_of(torch.eye(4), torch.eye(4)[[0, 1, 2, 0]])
     assert Classification().agreement(scene).item() == 0.75
+
+
+@pytest.mark.parametrize("given, said", [(lambda: 1.0, "a float"), (lambda: None, "a NoneType")])
+def test_an_objective_that_gives_no_tensor_is_named(pair, given, said):
+    terms = Terms([], {"mine": 1.0}, {"mine": lambda scene: given()}, nn.ModuleList())
+    with pytest.raises(ValueError, match=f"objective 'mine' gives {said}; it must give a scalar, a tensor"):
+        terms(None)
+    constant = Terms([], {"mine": 1.0}, {"mine": lambda scene: torch.ones(())}, nn.ModuleList())
+    with pytest.raises(ValueError, match="nothing that learns has a part in mine: there is no gradient"):
+        constant(None)

@@ -54,3 +54,14 @@ def test_what_is_tied_counts_once_and_an_exported_model_has_weights():
     assert model_facts(tied, spec, "tied").bytes == 4 * 64 * 64
     facts = model_facts(exported, spec, "exported")
     assert (facts.parameters, facts.bytes) == (64 * 64, 4 * 64 * 64 + 8 * 3)
+
+
+def test_linear_layers_are_counted_accelerated_or_not():
+    from vitkd_fast.accelerate import accelerate
+
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 640), nn.GELU(), nn.Linear(640, 96))
+    spec = ImageSpec(8, 8, (0.5,) * 512, (0.5,) * 512)  # 512 rows
+    by_hand = 2 * 512 * (64 * 640 + 640 * 96)
+    assert model_facts(model, spec, "mlp").flops == by_hand
+    accelerate(model)
+    assert model_facts(model, spec, "mlp").flops == by_hand

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from tiny import TinyNet, failing_teacher, same, smooth_images, state, tiny_student, tiny_teacher
+from torch import nn
 
 from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
@@ -279,3 +280,67 @@ def test_ctrl_c_waits_for_what_is_being_saved():
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+
+
+class Armed(torch.utils.data.Dataset):
+    """Images that a worker cannot read once it is told so."""
+
+    def __init__(self) -> None:
+        self.armed = torch.zeros(1).share_memory_()
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index):
+        if self.armed.item() and index == 5:
+            raise OSError("a hiccup")
+        return torch.zeros(1, 8, 8), index % 4
+
+
+def test_a_run_goes_on_though_an_earlier_ones_workers_have_not_ended(tmp_path):
+    images = Armed()
+    loader = torch.utils.data.DataLoader(images, batch_size=4, num_workers=1)
+    options = {**QUICK, "steps": 12, "evaluate": loader, "evaluate_every": 6, "out": tmp_path / "run"}
+
+    class Arming(TinyNet):
+        def forward(self, given):
+            images.armed += len(given) == QUICK["batch_size"]
+            return super().forward(given)
+
+    arming = Arming(16)
+    with pytest.raises(OSError, match="a hiccup") as kept:  # with its traceback, which has the loader's iterator
+        distill(arming, tiny_student(), **options)
+    images.armed.zero_()
+    calm = TinyNet(16)
+    calm.load_state_dict(arming.state_dict())
+    with pytest.raises(ValueError, match="is of a run whose teacher was"):  # and not: being written to
+        distill(calm, tiny_student(), resume=True, **options)
+    assert kept.value.args
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def measured(model):
+        os.chdir(tmp_path / "elsewhere")
+        return 0.5
+
+    distill(tiny_teacher(), tiny_student(), steps=3, evaluate=measured, out="run", **QUICK)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(FILES)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_wrapped_student_is_saved_as_what_is_in_it(tmp_path):
+    from safetensors.torch import load_model
+
+    wrapped = nn.DataParallel(tiny_student())
+    distill(tiny_teacher(), wrapped, steps=3, image_size=(8, 8), channels=1, out=tmp_path / "run", **QUICK)
+    loaded = tiny_student()
+    load_model(loaded, str(tmp_path / "run" / "student.safetensors"))
+    assert same(state(loaded), state(wrapped.module))
+
+
+def test_an_empty_path_is_no_folder():
+    with pytest.raises(ValueError, match="out is ''; accepted: a path, None"):
+        distill(tiny_teacher(), tiny_student(), steps=3, out="", **QUICK)

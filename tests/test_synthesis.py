@@ -383,3 +383,15 @@ def test_several_generators_are_to_learn():
 def test_dropped_patches_have_no_mirror_image():
     with pytest.raises(ValueError, match="attention_consistency compares all patches"):
         make(*vits(), method="smi", generator_steps=20, generator_objectives={"attention_consistency": 1.0})
+
+
+@pytest.mark.parametrize(
+    "method, learn_latent, message",
+    [
+        ("fast", False, "restart is 'meta', and generator 'procedural' has no weights to start from"),
+        ("psaq", True, "learn_latent is True, but generator 'procedural' takes nothing from the noise"),
+    ],
+)
+def test_what_a_drawing_cannot_learn_is_refused(method, learn_latent, message):
+    with pytest.raises(ValueError, match=message):
+        make(*vits(), method=method, generator="procedural", learn_latent=learn_latent)

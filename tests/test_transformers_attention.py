@@ -315,3 +315,33 @@ def test_decelerate_gives_back_torchs(shapes):
     found = answers(model, given)
     assert shapes == [] and set(vars(model)) == attributes
     torch.testing.assert_close(found, before, atol=0, rtol=0)
+
+
+def test_models_made_of_a_switched_models_config_are_switched_back_by_themselves(shapes):
+    first = yolos()
+    accelerate(first)
+    second, third = type(first)(copy.deepcopy(first.config)), type(first)(first.config)
+    decelerate(second)
+    assert second.config._attn_implementation == "sdpa" and first.config._attn_implementation == ours.NAME
+    accelerate(third)
+    decelerate(third)
+    assert third.config._attn_implementation == "sdpa" and first.config._attn_implementation == ours.NAME
+    with torch.no_grad():
+        first(images())
+    assert len(shapes) == 2
+
+
+def test_a_config_taken_from_a_switched_model_works_in_another_process(tmp_path):
+    model = yolos()
+    accelerate(model)
+    torch.save(model.config, tmp_path / "config.pt")
+    torch.save(type(model)(model.config), tmp_path / "model.pt")
+    code = (
+        "import sys, torch, transformers; model = torch.load(sys.argv[2], weights_only=False)\n"
+        "config = torch.load(sys.argv[1], weights_only=False)\n"
+        "for model in (model, transformers.YolosForObjectDetection(config)):\n"
+        "    print(model.config._attn_implementation, model(torch.zeros(1, 1, 16, 16)).logits.shape[0])"
+    )
+    paths = [tmp_path / "config.pt", tmp_path / "model.pt"]
+    ran = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
+    assert ran.stdout.split() == [ours.NAME, "1"] * 2, ran.stderr

@@ -190,5 +190,8 @@ def _last(arguments: list[str], setting: str) -> Any:
 
 def _is_ours(error: Exception) -> bool:
     """Whether this package raised it, to say what the user can put right; any other error keeps its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(__file__).parent in Path(frames[-1].filename).parents
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    python = Path(traceback.__file__).parent  # whose modules pass on what the system says of the user's files
+    while isinstance(error, OSError) and len(files) > 1 and files[-1].parent in (python, python / "json"):
+        files.pop()
+    return Path(__file__).parent in files[-1].parents

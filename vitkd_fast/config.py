@@ -153,6 +153,8 @@ class Config:
                 value = given
             object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else value)
         for name in ("out", "teacher_checkpoint"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is ''; accepted: a path, None.")
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         if isinstance(self.device, torch.device):

@@ -144,7 +144,7 @@ def _distill(
         """The report's figures so far. What the data draw at random, such as their order, changes nothing."""
         if evaluate is None:
             return {}
-        with _random_kept(device), frozen(student):
+        with _random_kept(device), frozen(student, teacher):
             return pair.task.evaluate(pair, config, evaluate)
 
     def autocast() -> torch.autocast:
@@ -184,6 +184,11 @@ def _distill(
             # The student learns to agree.
             with autocast():
                 by_student = pair.look(student, images, student_terms.needs)
+                if not by_student.logits.requires_grad:
+                    raise ValueError(
+                        "the student's output has no gradient: its forward runs under torch.no_grad() or detaches it, "
+                        "or no weight with requires_grad=True has a part in it."
+                    )
                 scene = Scene(images, by_teacher, by_student, pair, config)
                 loss, values = student_terms(scene)
             learner.step(loss, values | {"agreement": pair.task.agreement(scene)}, progress)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.models import logits_of
+from vitkd_fast.models import frozen, logits_of
 
 NOTHING = "evaluate yielded no images; give batches of (images, labels) that can be iterated again."
 Evaluation = Iterable[tuple[Tensor, Tensor]] | Callable[[nn.Module], float] | str | Path
@@ -54,6 +54,8 @@ def evaluate_pair(teacher: nn.Module, student: nn.Module, data: Evaluation, spec
 def check(data: object) -> None:
     """Refuse what `evaluate_pair` cannot use, before the run rather than after it."""
     if isinstance(data, str | Path):
+        if not str(data):
+            raise ValueError("evaluate is ''; accepted: a folder of images, or None.")
         if not Path(data).is_dir():
             raise FileNotFoundError(
                 f"evaluate is {str(data)!r}, not a folder; it needs one subfolder of images per class."
@@ -71,7 +73,9 @@ class _Asked:
     """A function from a model to its accuracy, whose answer for the teacher is already known."""
 
     def __init__(self, function: Callable[[nn.Module], float], teacher: nn.Module) -> None:
-        self.function, self.teacher, self.answer = function, teacher, _share(function(teacher))
+        self.function, self.teacher = function, teacher
+        with frozen(teacher):  # whatever mode the function leaves it in
+            self.answer = _share(function(teacher))
 
     def __call__(self, model: nn.Module) -> float:
         return self.answer if model is self.teacher else self.function(model)
@@ -91,6 +95,9 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
     streamed = isinstance(getattr(batches, "dataset", None), torch.utils.data.IterableDataset)
     if not streamed and (beginning := iter(batches)) is not batches:  # else they may be had only once
         first = next(beginning, None)
+        if first is None and isinstance(data, str | Path):
+            known = ", ".join(batches.dataset.extensions)
+            raise ValueError(f"evaluate={str(data)!r} has no images in its subfolders; accepted: {known}.")
         if first is None:
             raise ValueError(NOTHING)
         images, labels = _images_and_labels(first)
@@ -141,6 +148,8 @@ def image_folder(folder: Path, spec: ImageSpec) -> Iterable[tuple[Tensor, Tensor
     """Batches from a folder with one subfolder per class, sorted by name as torchvision's ImageFolder sorts them."""
     from torchvision import datasets, transforms
 
+    if spec.channels not in (1, 3):
+        raise ValueError(f"channels is {spec.channels}; accepted with a folder of images: 1 (grey) or 3 (RGB).")
     transform = transforms.Compose(
         [
             *([transforms.Grayscale()] if spec.channels == 1 else []),
@@ -169,7 +178,8 @@ def read_image(file: Any, name: str) -> Any:
     try:
         image = Image.open(file)
         image.load()
-    except (OSError, SyntaxError) as error:  # Pillow's for unknown formats, cut-off files and broken PNGs
+    # Pillow's for unknown formats and cut-off files, broken PNGs, broken others, and what would fill the memory
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has more than 8 bits per channel; convert it to 8.")

@@ -135,14 +135,15 @@ def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits (B, classes) of the model as it is called, with its hooks and a forward of its own; and, where that goes
     through timm's forward_features or a classifier of transformers, the last tokens (B, N, D), else None.
 
-    Where a model in training gives the logits of two heads, as timm's DeiT after set_distilled_training, they are
-    averaged: so they are in eval mode.
+    Where a model in training gives the logits of two heads that timm averages in eval mode, as its DeiT does after
+    set_distilled_training, so are they here; of others' logits and auxiliary ones, as Inception has, the first count.
     """
     with _features_recorded(model) as seen:
         logits = logits_of(model(images))
     features = seen[-1] if seen else None
-    if isinstance(logits, tuple) and len(logits) == 2 and model.training:
-        logits = (logits[0] + logits[1]) / 2
+    if isinstance(logits, tuple) and logits and model.training:
+        averaged = hasattr(unwrapped(model), "set_distilled_training") and len(logits) == 2
+        logits = (logits[0] + logits[1]) / 2 if averaged else logits[0]
     return logits, features if isinstance(features, Tensor) and features.dim() == 3 else None
 
 

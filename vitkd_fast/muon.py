@@ -92,6 +92,7 @@ def hidden_matrices(model: nn.Module, channels: int, outputs: Collection[int]) -
             hidden = hidden and not layer.transposed
         else:
             continue
-        if hidden and layer.weight.requires_grad and min(layer.weight.flatten(1).shape) > 1:
+        learns = layer.weight.requires_grad and layer.weight.is_leaf  # parametrized ones are computed from what learns
+        if hidden and learns and min(layer.weight.flatten(1).shape) > 1:
             found[layer.weight] = None
     return list(found)

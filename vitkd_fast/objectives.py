@@ -175,13 +175,19 @@ class Terms:
         """The weighed sum, and every term unweighted, by name.
 
         Raises:
-            ValueError: a term is not a scalar.
+            ValueError: a term is not a scalar, or nothing that is to learn has a part in any.
         """
-        values = {name: function(scene).float() for name, function in self.functions.items()}
-        for name, value in values.items():
-            if value.dim():
-                raise ValueError(f"objective {name!r} gives shape {tuple(value.shape)}; it must give a scalar.")
-        return torch.stack([self.weights[name] * value for name, value in values.items()]).sum(), values
+        values: dict[str, Tensor] = {}
+        for name, function in self.functions.items():
+            value = function(scene)
+            if not isinstance(value, Tensor) or value.dim():
+                given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(f"objective {name!r} gives {given}; it must give a scalar, a tensor of shape ().")
+            values[name] = value.float()
+        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        if torch.is_grad_enabled() and not total.requires_grad:
+            raise ValueError(f"nothing that learns has a part in {' and '.join(values)}: there is no gradient.")
+        return total, values
 
 
 def check_names(weights: Mapping[str, float], registry: Mapping[str, Objective], setting: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,8 +90,8 @@ def model_facts(model: nn.Module, spec: ImageSpec, name: str) -> ModelFacts:
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
 
     image = torch.zeros(1, spec.channels, spec.height, spec.width, device=device_of(model))
-    ours = dict.fromkeys((torch.ops.vitkd.attention, torch.ops.vitkd_triton.attention), _attention_flops)
-    counter = FlopCounterMode(display=False, custom_mapping=ours)
+    attention = dict.fromkeys((torch.ops.vitkd.attention, torch.ops.vitkd_triton.attention), _attention_flops)
+    counter = FlopCounterMode(display=False, custom_mapping=attention | _convolution_flops())
     with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # MATH: products the counter knows
         model(image)
     weights: list[torch.Tensor] = [*model.parameters()]
@@ -115,6 +116,19 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _convolution_flops() -> dict[Any, Callable[..., int]]:
+    """By op, of those that `vitkd_fast.ops.linear` asks and torch's counter does not know: 1×1, on (1, K, M, 1)."""
+    found: dict[Any, Callable[..., int]] = {torch.ops.aten.mkldnn_convolution: _products}
+    if hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):
+        found[torch.ops.mkldnn._convolution_pointwise_] = lambda out, *args, **kwargs: _products(*args)
+    return found
+
+
+def _products(images_shape, kernel_shape, *args, **kwargs) -> int:
+    _, channels, rows, _ = images_shape
+    return 2 * rows * channels * kernel_shape[0]
 
 
 def _attention_flops(qkv_shape, scale, *args, out_shape=None, **kwargs) -> int:

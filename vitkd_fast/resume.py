@@ -37,7 +37,7 @@ class Saves:
 
     def __init__(self, config: Config, pair: Pair, parts: Mapping[str, Stateful]) -> None:
         self.config, self.pair, self.parts = config, pair, parts
-        self.path = config.out / SAVED if config.out is not None else None
+        self.path = config.out.absolute() / SAVED if config.out is not None else None
         self.identity: dict[str, Any] | None = None
         self.last = time.monotonic()
         self.proven = False

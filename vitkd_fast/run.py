@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vitkd_fast.config import Config
 from vitkd_fast.guard import Ledger, NonFiniteError
+from vitkd_fast.models import unwrapped
 from vitkd_fast.report import Report
 
 FILES = ("config.json", "metrics.jsonl", "images.png", "student.safetensors", "report.json")
@@ -35,7 +36,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path | None, overwrite: bool, resume: bool = False) -> None:
-        self.folder = folder
+        self.folder = None if folder is None else folder.absolute()  # wherever the caller goes meanwhile
         self.metrics: IO[str] | None = None
         if folder is None:
             return
@@ -103,14 +104,16 @@ class RunFolder:
     def close(self) -> None:
         """Leave the folder to others."""
         if self.metrics:
+            with contextlib.suppress(OSError):  # a loader's workers, which have the file too, would keep the lock
+                fcntl.flock(self.metrics, fcntl.LOCK_UN)
             self.metrics.close()
             self.metrics = None
 
     def keep(self, student: nn.Module) -> bool:
         """Save the student. Whether it is saved; if it cannot be, a warning says why, and nothing ends."""
         kept = self.folder is not None and self._written(self._write_student, student)
-        if kept and hasattr(getattr(student, "config", None), "save_pretrained"):
-            self._written(self._write_pretrained, student)
+        if kept and hasattr(getattr(unwrapped(student), "config", None), "save_pretrained"):
+            self._written(self._write_pretrained, unwrapped(student))
         return kept
 
     def finish(self, picture: Callable[[], Any], report: Report) -> bool:
@@ -138,7 +141,8 @@ class RunFolder:
     def _write_student(self, folder: Path, student: nn.Module) -> None:
         from safetensors.torch import save_model
 
-        save_model(student, str(folder / "student.safetensors"), metadata={"format": "pt"})  # transformers looks for it
+        metadata = {"format": "pt"}  # transformers looks for it
+        save_model(unwrapped(student), str(folder / "student.safetensors"), metadata=metadata)
 
     def _write_pretrained(self, folder: Path, student: Any) -> None:
         weights = folder / PRETRAINED[1]

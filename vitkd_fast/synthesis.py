@@ -275,6 +275,16 @@ def _check_learning(generator: Generator, terms: Terms, config: Config) -> None:
             f"learn_latent is True, but nothing says what noise is good under method {config.method!r}; give "
             f"generator_objectives, or set learn_latent=False."
         )
+    if config.learn_latent and not learns and not _learns_from_noise(generator, config.batch_size):
+        raise ValueError(
+            f"learn_latent is True, but generator {config.generator!r} takes nothing from the noise; set "
+            f"learn_latent=False, or choose another generator, such as 'convolutional'."
+        )
+    if config.restart == "meta" and not learns:
+        raise ValueError(
+            f"restart is 'meta', and generator {config.generator!r} has no weights to start from; set restart='never', "
+            f"or choose another generator, such as 'convolutional'."
+        )
     if config.generators > 1 and not learns:
         raise ValueError(
             f"generators is {config.generators}, and generator {config.generator!r} has nothing to learn: several "
@@ -290,6 +300,11 @@ def _check_learning(generator: Generator, terms: Terms, config: Config) -> None:
             f"generator {config.generator!r} has nothing to minimise under method {config.method!r}; give "
             f"generator_objectives, or a method whose generator learns, such as 'adversarial'."
         )
+
+
+def _learns_from_noise(generator: Generator, count: int) -> bool:
+    noise, labels = generator.draw(count)
+    return generator(noise.requires_grad_(), labels).requires_grad
 
 
 def _patches(pair: Pair, terms: Terms, config: Config) -> LivePatches | None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vitkd_fast import evaluate as evaluation
+from vitkd_fast.class_names import name_classes
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.layout import Layout, layout_of
 from vitkd_fast.models import create_student, forward, load_teacher
@@ -23,12 +24,8 @@ class Classification:
     tokens = "forward_features that gives (B, N, D) tokens"
     load_teacher = staticmethod(load_teacher)
     create_student = staticmethod(create_student)
+    name_classes = staticmethod(name_classes)
     check_evaluation = staticmethod(evaluation.check)
-
-    @staticmethod
-    def name_classes(teacher: nn.Module, student: nn.Module) -> str | None:
-        """Give a student the names of the teacher's classes, if its kind of model keeps any; what to know of that."""
-        return None
 
     def look(self, model: Any, images: Tensor) -> View:
         return View(*forward(model, images))

@@ -27,30 +27,34 @@ def switch(model: nn.Module) -> tuple[list[str], dict[str, str], list[str]]:
     blocks: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_attention(module)}
     kept = {name: reason for name, module in blocks.items() if (reason := _reason_to_keep(module))}
     blocks = {name: module for name, module in blocks.items() if name not in kept}
-    if any(block.config._attn_implementation != NAME for block in blocks.values()):
+    if not all("vitkd_switched" in vars(block) for block in blocks.values()):
         _own_configs(model)
+    _register()
     for block in blocks.values():
-        block.vitkd_registration = _Registration()
-        block.config._attn_implementation = {"": NAME}  # and not of the configs in it
+        block.vitkd_switched = True
+        block.config._attn_implementation = {"": _Name(NAME)}  # and not of the configs in it
     return [*blocks], kept, [name for name, block in blocks.items() if _dropout(block) > 0]
 
 
 def switch_back(model: nn.Module) -> None:
     """To torch's attention, whatever of `model` still runs on ours."""
-    module: Any
     for module in model.modules():
-        if vars(module).pop("vitkd_registration", None) and module.config._attn_implementation == NAME:
-            module.config._attn_implementation = {"": "sdpa"}
+        vars(module).pop("vitkd_switched", None)
+        config: Any = vars(module).get("config")  # which may be made of a switched model's
+        if getattr(config, "_attn_implementation", None) == NAME:
+            config._attn_implementation = {"": "sdpa"}
 
 
-class _Registration:
-    """Part of every switched block, so that unpickling one in another process registers our attention there."""
-
-    def __init__(self):
-        _register()
+class _Name(str):
+    """What a config says: unpickling one in another process registers our attention there."""
 
     def __reduce__(self):
-        return _Registration, ()
+        return _registered, ()
+
+
+def _registered() -> _Name:
+    _register()
+    return _Name(NAME)
 
 
 def _register() -> None:

@@ -136,13 +136,21 @@ inline Vec<SumOf<In>> exponential(Vec<SumOf<In>> x) {
   else return exp2(x);
 }
 
+// exp2(factor * (score - peak)), for floats without the factor, which their queries have taken. Nothing is scaled before
+// the peak is taken off: of a large one, rounded, more would be left than an exponential can hold.
+template <class In, class Peak>
+inline Vec<SumOf<In>> weight_below(Vec<SumOf<In>> score, Peak peak, SumOf<In> factor) {
+  if constexpr (kSteps<In> == 1) return exponential<In>(score - peak);
+  else return exponential<In>((score - peak) * factor);
+}
+
 // The scores of a row become exp2(factor * (score - max)), and 0 past the last. Returns their sum.
 template <class In, class T>
 T exponentials_of_row(T* scores, int64_t tokens, T factor) {
-  const T peak = row_max(scores, tokens) * factor;
+  const T peak = row_max(scores, tokens);
   Vec<T> total{};
   for (int64_t n = 0; n < tokens; n += kLanes<T>) {
-    const Vec<T> e = first_lanes<T>(exponential<In>(load(scores + n) * factor - peak), tokens - n, T(0));
+    const Vec<T> e = first_lanes<T>(weight_below<In>(load(scores + n), peak, factor), tokens - n, T(0));
     store(scores + n, e);
     total += e;
   }

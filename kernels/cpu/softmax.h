@@ -37,14 +37,14 @@ Vec<T> column_max(const T* scores, int64_t tokens, int64_t columns) {
 // floats. Returns the sum of each column.
 template <class In, class T>
 Vec<T> exponentials(T* scores, int64_t tokens, int64_t columns, T factor, In* weights) {
-  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
+  const Vec<T> peak = column_max(scores, tokens, columns);
   Sum<T> sum;
   by_fours(tokens, [&](int64_t n, auto count) {
     constexpr int rows = count;
     Vec<T> e[rows];
     VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
-      e[i] = exponential<In>(load(scores + (n + i) * columns) * factor - peak);
+      e[i] = weight_below<In>(load(scores + (n + i) * columns), peak, factor);
       sum.parts[i] += e[i];
     }
     if constexpr (kSteps<In> == 1) {
@@ -71,7 +71,7 @@ struct Softened {
 template <class In, class T>
 void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T factor, T scale,
                       const Softened<In>& out) {
-  const Vec<T> peak = column_max(scores, tokens, columns) * factor;
+  const Vec<T> peak = column_max(scores, tokens, columns);
   const int64_t row = tile_depth<In>(columns);
   Sum<T> sum, dot;
   by_fours(tokens, [&](int64_t n, auto count) {
@@ -79,7 +79,7 @@ void softmax_backward(T* scores, T* grads, int64_t tokens, int64_t columns, T fa
     VITKD_UNROLL
     for (int i = 0; i < rows; ++i) {
       T* score = scores + (n + i) * columns;
-      const Vec<T> e = exponential<In>(load(score) * factor - peak);
+      const Vec<T> e = weight_below<In>(load(score), peak, factor);
       store(score, e);
       sum.parts[i] += e;
       dot.parts[i] += e * load(grads + (n + i) * columns);

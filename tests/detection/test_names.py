@@ -9,7 +9,8 @@ from torch import nn
 pytest.importorskip("torchvision")
 pytest.importorskip("scipy")
 
-from vitkd_fast.detection.names import as_named, name_classes, names_of
+from vitkd_fast.class_names import name_classes, names_of
+from vitkd_fast.detection.names import as_named
 from vitkd_fast.detection.objects import Objects
 from vitkd_fast.detection.scenes import Scenes
 

@@ -382,3 +382,28 @@ def test_where_the_rows_lie_changes_no_bit():
     one, one_grad = qkv[:, :, :, 3:4].contiguous(), grad_out[..., 192:256]
     assert torch.equal(torch.ops.vitkd.attention(one, 0.125), out[..., 192:256])
     assert torch.equal(torch.ops.vitkd.attention_backward(one_grad, one, 0.125), grad[:, :, :, 3:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [17, 65, 197])
+def test_scores_far_beyond_what_their_exponentials_can_hold(tokens, dtype):
+    """Around 1e12: the largest, rounded, is off by more than an exponential can make up for."""
+    qkv = torch.randn(1, tokens, 3, 2, 64, generator=torch.Generator().manual_seed(0))
+    qkv[:, :, :2] *= 1e6
+    qkv = qkv.to(dtype).requires_grad_()
+    out, expected = attention(qkv), attention_formula(qkv.float(), 0.125)
+    torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=0.01)
+    assert torch.autograd.grad(out.sum(), qkv)[0].isfinite().all()
+
+
+def test_odd_strides_of_heads_for_torchs_attention():
+    memory = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    for shape, strides in [
+        ((2, 5, 3, 1, 160), (1, 480, 160, 160, 1)),
+        ((2, 5, 3, 1, 130), (0, 0, 130, 1, 1)),
+        ((1, 5, 3, 1, 160), (7, 480, 160, 1, 1)),
+    ]:
+        qkv = memory.as_strided(shape, strides)
+        junk = torch.full((2 * 5 * 160,), 1e20)
+        del junk
+        torch.testing.assert_close(attention(qkv), attention_formula(qkv, shape[-1] ** -0.5), atol=1e-5, rtol=1e-4)

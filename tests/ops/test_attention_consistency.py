@@ -291,3 +291,9 @@ def test_errors_say_what_to_do(shapes, transform, options, message):
 def test_images_that_are_not_whole_patches():
     with pytest.raises(ValueError, match="10×20 pixels are not made of whole 4×4 patches"):
         HorizontalFlip().image(torch.zeros(1, 3, 10, 20), 4)
+
+
+def test_fewer_prefix_tokens_than_none_are_refused():
+    qkv = torch.randn(2, 4, 3, 2, 8)
+    with pytest.raises(ValueError, match="prefix_tokens is -1; it must be 0 or more"):
+        attention_consistency(qkv, qkv, HorizontalFlip(), grid=(5, 1), prefix_tokens=-1)

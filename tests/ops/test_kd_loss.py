@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from logits import DTYPES, LOSSES, SOFTENED, draw
 from testing_rules import IMPLEMENTATIONS, assert_follows_rule, assert_native, needs_native
 
+from vitkd_fast.ops import kd_loss
 from vitkd_fast.ops.kd_loss import KINDS, kd_grads_formula, kd_loss_formula, kd_rows_formula
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -296,3 +297,14 @@ def test_scale_is_one_multiplication_in_place():
     torch.ops.vitkd.scale_(first, second, torch.tensor(1.5), 0.5)
     assert torch.equal(first, expected[0])
     assert torch.equal(second, expected[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teachers_output_of_inference_mode_is_taken(kind):
+    student, teacher = (torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    student.requires_grad_()
+    (expected,) = torch.autograd.grad(kd_loss(student, teacher, kind=kind), student)
+    with torch.inference_mode():
+        teacher = teacher * 1
+        kd_loss(student.detach(), teacher, kind=kind)
+    assert torch.equal(torch.autograd.grad(kd_loss(student, teacher, kind=kind), student)[0], expected)

@@ -187,3 +187,19 @@ def test_errors_say_what_to_do(shape, options, message):
 def test_wrong_dtype():
     with pytest.raises(TypeError, match="tokens has dtype int64"):
         patch_similarity_entropy(torch.zeros(2, 5, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiles_with_a_bandwidth_that_changes(dynamic):
+    tokens = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    compiled = torch.compile(patch_similarity_entropy, backend="eager", dynamic=dynamic)
+    for bandwidth in (0.05, 0.07, 0.11):
+        found, expected = (f(tokens, bandwidth=bandwidth) for f in (compiled, patch_similarity_entropy))
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(entropy, tokens)[0] for entropy in (found, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_a_bandwidth_that_requires_a_gradient_is_refused():
+    with pytest.raises(TypeError, match="bandwidth is a tensor that requires a gradient"):
+        patch_similarity_entropy(torch.randn(1, 4, 8), bandwidth=torch.tensor(0.1, requires_grad=True))

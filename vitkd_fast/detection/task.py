@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitkd_fast.class_names import names_of
 from vitkd_fast.config import Config
 from vitkd_fast.detection import adaptors
 from vitkd_fast.detection.data import Scenes, read_scenes
@@ -14,7 +15,7 @@ from vitkd_fast.detection.extra import extra
 from vitkd_fast.detection.matching import iou
 from vitkd_fast.detection.metrics import MOST, mean_average_precision
 from vitkd_fast.detection.models import create_student, load_teacher
-from vitkd_fast.detection.names import as_named, name_classes, names_of
+from vitkd_fast.detection.names import as_named
 from vitkd_fast.detection.objectives import matched
 from vitkd_fast.detection.objects import Objects
 from vitkd_fast.detection.pictures import side_by_side
@@ -39,7 +40,6 @@ class Detection(Classification):
     tokens = "(B, N, D) tokens of patches in its output"
     load_teacher = staticmethod(load_teacher)
     create_student = staticmethod(create_student)
-    name_classes = staticmethod(name_classes)
 
     def look(self, model: Any, images: Tensor) -> View:
         return adaptors.look(model, images)

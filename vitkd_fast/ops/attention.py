@@ -1,5 +1,7 @@
 """Multi-head self-attention on a packed qkv: what a ViT block does between its two linear layers."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,8 +138,9 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 def _by_torch(qkv: Tensor, scale: float) -> Tensor:
-    """torch's own attention, kept from what breaks its kernels on a GPU."""
-    if qkv.is_cuda and is_plain(qkv) and not _loads_by_16_bytes(qkv):
+    """torch's own attention, kept from what breaks its kernels: on a GPU what is not aligned, on the CPU strides after
+    which it lays out a result that it then writes as if it were contiguous."""
+    if is_plain(qkv) and not (_loads_by_16_bytes(qkv) if qkv.is_cuda else _is_packed(qkv)):
         qkv = qkv.clone(memory_format=torch.contiguous_format)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     if abs(scale) < torch.finfo(torch.float32).tiny:  # FlashAttention hides by -inf before it multiplies by the scale
@@ -145,6 +148,12 @@ def _by_torch(qkv: Tensor, scale: float) -> Tensor:
     elif scale < 0:
         query, scale = -query, -scale
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2).contiguous()
+
+
+def _is_packed(qkv: Tensor) -> bool:
+    """Contiguous, and by its strides alone: those of dimensions of size 1, which may be any, count here."""
+    packed = [math.prod(qkv.shape[dim + 1 :]) for dim in range(qkv.dim())]
+    return list(qkv.stride()) == packed
 
 
 def _loads_by_16_bytes(qkv: Tensor) -> bool:

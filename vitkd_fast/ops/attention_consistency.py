@@ -223,6 +223,8 @@ def _numbers(places: Sequence[int], device: torch.device) -> Tensor:
 
 def _check(name: str, attention: Tensor, prefix_tokens: int, patches: int) -> None:
     _, tokens = check_attention(name, attention)
+    if prefix_tokens < 0:
+        raise ValueError(f"prefix_tokens is {prefix_tokens}; it must be 0 or more.")
     if tokens != prefix_tokens + patches:
         raise ValueError(
             f"{name} has {tokens} tokens, but {prefix_tokens} prefix tokens and {patches} patches make "

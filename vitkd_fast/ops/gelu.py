@@ -67,6 +67,8 @@ def gelu(x: Tensor) -> Tensor:
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
     """
     if has_torch_function_unary(x):
+        if isinstance(x, Tensor):
+            return F.gelu(x)  # by which name tensors of other kinds know it
         return handle_torch_function(gelu, (x,), x)
     if not is_plain(x) or transformed() or not _fits(x):
         return F.gelu(x)

@@ -59,6 +59,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     inputs = (x, weight, bias)
     if has_torch_function(inputs):
+        if any(isinstance(one, Tensor) and has_torch_function((one,)) for one in inputs):
+            return F.linear(x, weight, bias)  # by which name tensors of other kinds know it
         return handle_torch_function(linear, inputs, x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if transformed():

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vitkd_fast.ops._library import transformed
+from vitkd_fast.ops._library import number, transformed
 from vitkd_fast.ops._precise import (
     Reduction,
     check_choice,
@@ -40,7 +40,8 @@ def similarity_grid(bandwidth: float, like: Tensor) -> Tensor:
     Gaussian kernels are smooth enough for that: the sum over the grid is off by e^(−2π²) = 3e-9 of the integral of f,
     and the entropy of a few separate peaks, the worst case, by 2e-4 nats.
     """
-    half = math.ceil(1 / bandwidth) + TAIL
+    # What torch.compile has as a symbol is a number in a range.
+    half = range(math.ceil(1 / bandwidth) + TAIL)[-1] + 1
     return torch.arange(-half, half + 1, dtype=like.dtype, device=like.device) * bandwidth
 
 
@@ -98,7 +99,7 @@ def patch_similarity_entropy(tokens: Tensor, *, bandwidth: float = 0.05, reducti
 
     Raises:
         ValueError: tokens that are not (B, N, C), a bandwidth out of range, an unknown reduction.
-        TypeError: a dtype that is none of the above.
+        TypeError: a dtype that is none of the above, a bandwidth that requires a gradient.
 
     Source: Li et al. 2022 (PSAQ-ViT, arXiv 2203.02250). All N² pairs count, as there. Ours: a bandwidth of 0.05 and a
     fixed grid over [−1, 1] as fine as the bandwidth, where the published code has 0.01 and ten points between the
@@ -108,6 +109,8 @@ def patch_similarity_entropy(tokens: Tensor, *, bandwidth: float = 0.05, reducti
     check_choice("reduction", reduction, Reduction)
     check_dtypes_and_devices(tokens=tokens)
     check_tokens("tokens", tokens)
+    if isinstance(bandwidth, Tensor):
+        bandwidth = number("bandwidth", bandwidth)
     if not 0.001 <= bandwidth <= 1:
         raise ValueError(f"bandwidth is {bandwidth}; accepted: 0.001 to 1, in units of cosine similarity.")
     with without_autocast(tokens.device):
