@@ -141,6 +141,9 @@ def forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     with _features_recorded(model) as seen:
         logits = logits_of(model(images))
     features = seen[-1] if seen else None
+    if isinstance(logits, Tensor) and logits.is_inference() and not torch.is_inference_mode_enabled():
+        # A teacher whose forward is under inference_mode: what autograd is to keep for backward is a copy.
+        logits, features = logits.clone(), features.clone() if isinstance(features, Tensor) else features
     if isinstance(logits, tuple) and logits and model.training:
         averaged = hasattr(unwrapped(model), "set_distilled_training") and len(logits) == 2
         logits = (logits[0] + logits[1]) / 2 if averaged else logits[0]
