@@ -13,8 +13,9 @@ namespace vitkd::cpu::VITKD_ISA {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kStripElements = 96 << 10;  // of the scores of all heads: 384 KB of floats
-constexpr int64_t kStripLanes = 64;
+constexpr int64_t kStripElements = 192 << 10;  // of the scores of all heads: 768 KB of floats
+constexpr int64_t kStripLanes = 48;
+constexpr double kDeepest = 100;  // bits below the largest power that one may be, lest a weight be subnormal
 
 // Of positive numbers that are not subnormal: the exponent, and 2 atanh((m - 1) / (m + 1)) of what is left, in
 // [sqrt(1/2), sqrt(2)), by its series. NaN stays NaN.
@@ -46,9 +47,10 @@ void with_rows(DType dtype, const void* data, int64_t at, Work work) {
 // The mean of some heads' weights at one key, for a vector of queries.
 template <class T>
 struct Mean {
-  Vec<T> log;      // base 2
-  Vec<T> largest;  // the log of the largest head's
-  Vec<T> inverse;  // 1 over the sum of all heads' weights, each over the largest
+  Vec<T> log;  // base 2
+  Vec<T> value;
+  Vec<T> inverse;  // 1 over the sum of all heads' weights, each over `largest`
+  Vec<T> largest;  // of them, or 1
 };
 
 // One side of a task: the maps of `heads` heads, the first of which is `first`. In a strip's scores each head has its
@@ -79,31 +81,14 @@ class Maps {
   bool wanted() const { return side_.grad != nullptr; }
 
   // The scores of queries `first` and on, in bits below each column's largest, and the log of the sum of their powers.
-  // Only differences are scaled, and the log stays by itself: the largest may be large, which neither is.
+  // Only differences are scaled, and the log stays by itself: the largest may be large, which neither is. Where means are
+  // compared and no power is too small for it, the powers themselves take the scores' place, and 1 / sum the log's.
   void score(int64_t first, int64_t count, int64_t columns) {
     columns_ = columns;
-    for (int64_t h = 0; h < heads_; ++h) {
-      rows(0, first, h, [&](const auto* queries) {
-        pack_across(queries, side_.stride[1], count, side_.head_dim, T(side_.scale), across_, columns);
-      });
-      T* const scores = scores_ + h * tokens_ * columns;
-      gemm<T>({tokens_, columns, side_.head_dim, keys_ + h * tokens_ * width_, width_, 1, across_, columns, scores,
-               columns, false, &ahead_});
-      for (int64_t n = 0; n < columns; n += kLanes<T>) {
-        const Vec<T> peak = column_max(scores + n, tokens_, columns);
-        Sum<T> sum;
-        by_fours(tokens_, [&](int64_t key, auto some) {
-          constexpr int rows = some;
-          VITKD_UNROLL
-          for (int i = 0; i < rows; ++i) {
-            T* const score = scores + (key + i) * columns + n;
-            const Vec<T> below = (load(score) - peak) * T(kLog2E);
-            store(score, below);
-            sum.parts[i] += exp2(below);
-          }
-        }, sum);
-        store(logs_ + h * columns + n, log2<T>(sum.total()));
-      }
+    powers_ = average;
+    if (!soften(first, count)) {
+      powers_ = false;
+      soften(first, count);
     }
   }
 
@@ -114,34 +99,43 @@ class Maps {
     for (int64_t h = 0; h < heads_; ++h) sums_[h] = Sum<T>();
   }
 
-  // The weights to compare at `key`; of several heads, each one's over the largest takes the place of its score.
+  // The weights to compare at `key`; of several heads, each one's over `largest` takes the place of its score.
   Mean<T> mean(int64_t key) {
     T* at = scores_ + key * columns_ + n_;
     const T* log = logs_ + n_;
     if constexpr (!average) {
-      const Vec<T> own = load(at) - load(log);
-      return {own, own, broadcast(T(1))};
+      const Vec<T> own = load(at) - load(log), weight = exp2(own);
+      return {own, weight, broadcast(T(1)), weight};
     }
     const int64_t step = tokens_ * columns_;
+    Vec<T> sum = {};
+    if (powers_) {
+      for (int64_t h = 0; h < heads_; ++h) {
+        const Vec<T> weight = load(at + h * step) * load(log + h * columns_);
+        store(at + h * step, weight);
+        sum += weight;
+      }
+      const Vec<T> value = sum / T(heads_);
+      return {log2<T>(value), value, T(1) / sum, broadcast(T(1))};
+    }
     Vec<T> largest = load(at) - load(log);
     for (int64_t h = 1; h < heads_; ++h) {
       largest = maximum<T>(load(at + h * step) - load(log + h * columns_), largest);
     }
-    Vec<T> sum = {};
     for (int64_t h = 0; h < heads_; ++h) {
       const Vec<T> weight = exp2(load(at + h * step) - load(log + h * columns_) - largest);
       store(at + h * step, weight);
       sum += weight;
     }
-    return {largest + log2<T>(sum * (T(1) / T(heads_))), largest, T(1) / sum};
+    const Vec<T> share = sum / T(heads_), scale = exp2(largest);
+    return {largest + log2<T>(share), share * scale, T(1) / sum, scale};
   }
 
   // From the gradient of the mean's log at `key` that of each head's, and each head's weight in place of its score.
   void differentiate(int64_t key, const Mean<T>& mean, Vec<T> grad, int part) {
     const int64_t at = key * columns_ + n_;
-    const Vec<T> scale = exp2(mean.largest);
     if constexpr (!average) {
-      store(scores_ + at, scale);
+      store(scores_ + at, mean.value);
       store(grads_ + at, grad);
       sums_->parts[part] += grad;
       return;
@@ -149,7 +143,7 @@ class Maps {
     const Vec<T> share = grad * mean.inverse;
     for (int64_t h = 0, i = at; h < heads_; ++h, i += tokens_ * columns_) {
       const Vec<T> weight = load(scores_ + i), own = weight * share;
-      store(scores_ + i, weight * scale);
+      if (!powers_) store(scores_ + i, weight * mean.largest);
       store(grads_ + i, own);
       sums_[h].parts[part] += own;
     }
@@ -195,6 +189,36 @@ class Maps {
   }
 
  private:
+  // Whether the scores became what they are to be; powers may be too small.
+  bool soften(int64_t first, int64_t count) {
+    Vec<T> depth = {};
+    for (int64_t h = 0; h < heads_; ++h) {
+      rows(0, first, h, [&](const auto* queries) {
+        pack_across(queries, side_.stride[1], count, side_.head_dim, T(side_.scale), across_, columns_);
+      });
+      T* const scores = scores_ + h * tokens_ * columns_;
+      gemm<T>({tokens_, columns_, side_.head_dim, keys_ + h * tokens_ * width_, width_, 1, across_, columns_, scores,
+               columns_, false, &ahead_});
+      for (int64_t n = 0; n < columns_; n += kLanes<T>) {
+        const Vec<T> peak = column_max(scores + n, tokens_, columns_);
+        Sum<T> sum;
+        by_fours(tokens_, [&](int64_t key, auto some) {
+          constexpr int rows = some;
+          VITKD_UNROLL
+          for (int i = 0; i < rows; ++i) {
+            T* const score = scores + (key + i) * columns_ + n;
+            const Vec<T> below = (load(score) - peak) * T(kLog2E), power = exp2(below);
+            depth = maximum<T>(-below, depth);
+            store(score, powers_ ? power : below);
+            sum.parts[i] += power;
+          }
+        }, sum);
+        store(logs_ + h * columns_ + n, powers_ ? T(1) / sum.total() : log2<T>(sum.total()));
+      }
+    }
+    return !powers_ || max<T>(depth) < T(kDeepest);
+  }
+
   // Query (slot 0) or key (1) rows of a head from token `token` on.
   template <class Work>
   void rows(int64_t slot, int64_t token, int64_t head, Work work) const {
@@ -213,6 +237,7 @@ class Maps {
   const AttentionSide& side_;
   const int64_t tokens_, image_, first_, heads_, width_;
   int64_t columns_ = 0, n_ = 0;
+  bool powers_ = false;  // are where the scores were
   T *keys_, *scores_, *logs_, *across_;
   T *grads_ = nullptr, *grad_keys_ = nullptr, *queries_ = nullptr, *grad_queries_ = nullptr;
   Sum<T>* sums_ = nullptr;
@@ -226,13 +251,13 @@ struct Distance {
 };
 
 template <class T, AttentionKDKind kind>
-inline Distance<T> distance(Vec<T> student_log, Vec<T> teacher_log) {
-  const Vec<T> p = exp2(teacher_log);
+inline Distance<T> distance(const Mean<T>& student, const Mean<T>& teacher) {
+  const Vec<T> q = student.value, p = teacher.value;
   if constexpr (kind == AttentionKDKind::mse) {
-    const Vec<T> q = exp2(student_log), difference = p - q;
+    const Vec<T> difference = p - q;
     return {difference * difference, difference * q * T(-2), difference * p * T(2)};
   } else {
-    const Vec<T> value = p * ((teacher_log - student_log) * T(1 / kLog2E));
+    const Vec<T> value = p * ((teacher.log - student.log) * T(1 / kLog2E));
     return {value, -p, value};
   }
 }
@@ -268,7 +293,7 @@ void compare(const AttentionKD& args, int64_t index, Workspace& memory) {
         VITKD_UNROLL
         for (int i = 0; i < rows; ++i) {
           const Mean<T> q = student.mean(key + i), p = teacher.mean(key + i);
-          const Distance<T> between = distance<T, kind>(q.log, p.log);
+          const Distance<T> between = distance<T, kind>(q, p);
           total.parts[i] += between.value;
           if (student.wanted()) student.differentiate(key + i, q, between.by_student * student_share, i);
           if (teacher.wanted()) teacher.differentiate(key + i, p, between.by_teacher * teacher_share, i);
