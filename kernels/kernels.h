@@ -86,6 +86,18 @@ struct AttentionKD {
   void* loss;  // (batch, 1 or heads), the means over queries, float or double
 };
 
+// The density of each image's similarities, cosines, by normal kernels of that bandwidth, at points one bandwidth apart
+// around 0; or, where grad_density is given, their gradient. On the CPU alone.
+struct SimilarityDensity {
+  DType dtype;  // float32 or float64
+  int64_t images, count, points;
+  double bandwidth;
+  const void* similarities;  // (images, count), contiguous as all of these
+  void* density;             // (images, points)
+  const void* grad_density;
+  void* grad_similarities;
+};
+
 // data *= factor * share, of both; a factor * share of 1 touches neither.
 struct Scale {
   DType dtype;
@@ -105,6 +117,7 @@ void attention_backward(const AttentionBackward&, ParallelFor);
 void kd_loss(const KDLoss&, ParallelFor);
 void gelu(const Gelu&, ParallelFor);
 void attention_kd(const AttentionKD&, ParallelFor);
+void similarity_density(const SimilarityDensity&, ParallelFor);
 
 }  // namespace cpu
 

@@ -70,6 +70,7 @@ def test_two_kinds_of_patches():
 @pytest.mark.parametrize("chunk", [1, 500, 2**20])
 def test_gradcheck(monkeypatch, chunk):
     monkeypatch.setattr(module_under_test, "CHUNK", chunk)
+    monkeypatch.setattr(module_under_test, "_has_kernel", lambda similarities: False)
     patches = draw(2, 4, 3).requires_grad_()
 
     def entropy(patches):
@@ -85,6 +86,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, chunk):
     expected = patch_similarity_entropy(patches, reduction="none")
     (want,) = torch.autograd.grad(expected.sum(), patches)
     monkeypatch.setattr(module_under_test, "CHUNK", chunk)
+    monkeypatch.setattr(module_under_test, "_has_kernel", lambda similarities: False)
     entropies = patch_similarity_entropy(patches, reduction="none")
     (grad,) = torch.autograd.grad(entropies.sum(), patches)
     torch.testing.assert_close(entropies, expected, rtol=1e-12, atol=1e-14)
@@ -134,6 +136,7 @@ def test_memory_kept_and_used(monkeypatch):
     """Kept: N² similarities. At work: a chunk of kernels, not one for every pair and grid point."""
     tokens, chunk = 64, 2**12
     monkeypatch.setattr(module_under_test, "CHUNK", chunk)
+    monkeypatch.setattr(module_under_test, "_has_kernel", lambda similarities: False)
     used, kernels = [], module_under_test._kernels
     monkeypatch.setattr(
         module_under_test, "_kernels", lambda *args: [used.append(x.numel()) or x for x in kernels(*args)]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vitkd_fast.ops._library import number, transformed
+from vitkd_fast.ops._library import LIBRARY, Below, is_plain, number, transformed
 from vitkd_fast.ops._precise import (
     Reduction,
     check_choice,
@@ -41,7 +41,10 @@ def similarity_grid(bandwidth: float, like: Tensor) -> Tensor:
     and the entropy of a few separate peaks, the worst case, by 2e-4 nats.
     """
     # What torch.compile has as a symbol is a number in a range.
-    half = range(math.ceil(1 / bandwidth) + TAIL)[-1] + 1
+    return _points(range(math.ceil(1 / bandwidth) + TAIL)[-1] + 1, bandwidth, like)
+
+
+def _points(half: int, bandwidth: float, like: Tensor) -> Tensor:
     return torch.arange(-half, half + 1, dtype=like.dtype, device=like.device) * bandwidth
 
 
@@ -52,28 +55,66 @@ def _kernels(similarities: Tensor, grid: Tensor, bandwidth: float) -> tuple[Tens
 
 
 class _Density(torch.autograd.Function):
-    """`density_formula` without its (B, M, G): a chunk of the similarities at a time, again in backward, which is
-    differentiable in turn."""
+    """`density_formula` without its (B, M, G): by the CPU's kernel, or a chunk of the similarities at a time, again in
+    backward, which is differentiable in turn."""
 
     @staticmethod
     def forward(ctx, similarities, grid, bandwidth):
         ctx.save_for_backward(similarities, grid)
         ctx.bandwidth = bandwidth
-        density = similarities.new_zeros(len(similarities), len(grid))
-        for chunk in _chunks(similarities, grid):
-            density += _kernels(chunk, grid, bandwidth)[1].sum(1)
-        return density / similarities.shape[1]
+        if not _has_kernel(similarities):
+            return _density(similarities, grid, bandwidth)
+        with Below():
+            return torch.ops.vitkd.similarity_density(similarities.contiguous(), len(grid), bandwidth)
 
     @staticmethod
     def backward(ctx, grad):
         similarities, grid = ctx.saved_tensors
-        grad = (grad / (similarities.shape[1] * ctx.bandwidth)).unsqueeze(2)  # (B, G, 1)
-        with without_autocast(similarities.device):
-            grads = []
-            for chunk in _chunks(similarities, grid):
-                distance, kernels = _kernels(chunk, grid, ctx.bandwidth)
-                grads.append((distance * kernels @ grad).squeeze(2))
-        return torch.cat(grads, 1), None, None
+        if torch.is_grad_enabled() or not is_plain(grad) or not _has_kernel(similarities):
+            with without_autocast(similarities.device):
+                return _density_backward(grad, similarities, grid, ctx.bandwidth), None, None
+        with Below():
+            grad = torch.ops.vitkd.similarity_density_backward(
+                grad.contiguous(), similarities.contiguous(), ctx.bandwidth
+            )
+        return grad, None, None
+
+
+def _has_kernel(similarities: Tensor) -> bool:
+    return similarities.is_cpu and is_plain(similarities)
+
+
+def _density(similarities: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+    density = similarities.new_zeros(len(similarities), len(grid))
+    for chunk in _chunks(similarities, grid):
+        density += _kernels(chunk, grid, bandwidth)[1].sum(1)
+    return density / similarities.shape[1]
+
+
+def _density_backward(grad: Tensor, similarities: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+    grad = (grad / (similarities.shape[1] * bandwidth)).unsqueeze(2)  # (B, G, 1)
+    grads = []
+    for chunk in _chunks(similarities, grid):
+        distance, kernels = _kernels(chunk, grid, bandwidth)
+        grads.append((distance * kernels @ grad).squeeze(2))
+    return torch.cat(grads, 1)
+
+
+# No ops of the public kind: the CPU alone has kernels for them, and `_Density` alone calls them.
+LIBRARY.define("similarity_density(Tensor similarities, int points, float bandwidth) -> Tensor")
+LIBRARY.define("similarity_density_backward(Tensor grad, Tensor similarities, float bandwidth) -> Tensor")
+
+
+def _by_points(similarities: Tensor, points: int, bandwidth: float) -> Tensor:
+    return _density(similarities, _points(points // 2, bandwidth, similarities), bandwidth)
+
+
+def _by_points_backward(grad: Tensor, similarities: Tensor, bandwidth: float) -> Tensor:
+    return _density_backward(grad, similarities, _points(grad.shape[1] // 2, bandwidth, similarities), bandwidth)
+
+
+LIBRARY.impl("similarity_density", _by_points, "CompositeExplicitAutograd")
+LIBRARY.impl("similarity_density_backward", _by_points_backward, "CompositeExplicitAutograd")
 
 
 def _chunks(similarities: Tensor, grid: Tensor) -> tuple[Tensor, ...]:

@@ -267,6 +267,35 @@ void attention_kd_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t of
   }
 }
 
+void density_case(DType dtype, int64_t count, double bandwidth, int64_t offset) {
+  const int64_t images = 2, points = 2 * (static_cast<int64_t>(std::ceil(1 / bandwidth)) + 5) + 1;
+  Buffer similarities(dtype, images * count, offset), density(dtype, images * points, offset);
+  Buffer grad(dtype, density.size, offset), slope(dtype, similarities.size, offset);
+  for (int64_t i = 0; i < similarities.size; ++i) similarities.set(i, Buffer::random() / 4);  // from -1 to 1
+  grad.fill();
+  SimilarityDensity args{dtype, images, count, points, bandwidth, similarities.data(), density.data(), nullptr, nullptr};
+  cpu::similarity_density(args, serial);
+  args.grad_density = grad.data();
+  args.grad_similarities = slope.data();
+  cpu::similarity_density(args, serial);
+  for (int64_t b = 0; b < images; ++b) {
+    std::vector<double> want(static_cast<size_t>(points), 0.0);
+    const double scale = 0.39894228040143268 / (bandwidth * double(count));
+    for (int64_t m = 0; m < count; ++m) {
+      double along = 0;
+      for (int64_t i = 0; i < points; ++i) {
+        const double d = double(i - points / 2) - similarities.get(b * count + m) / bandwidth;
+        want[i] += std::exp(-d * d / 2) * scale;
+        along += std::exp(-d * d / 2) * d * scale / bandwidth * grad.get(b * points + i);
+      }
+      expect(slope.get(b * count + m), along, 10 * scale / bandwidth, DType::float32, "similarity_density_backward");
+    }
+    for (int64_t i = 0; i < points; ++i) {
+      expect(density.get(b * points + i), want[i], 1 / bandwidth, DType::float32, "similarity_density");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -284,6 +313,11 @@ int main() {
         for (int64_t head_dim : {1, 16, 33}) attention_kd_case(dtype, tokens, head_dim, offset), ++cases;
       }
       for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
+      if (dtype == DType::float32 || dtype == DType::float64) {
+        for (int64_t count : {1, 2, 511, 513}) {
+          for (double bandwidth : {0.01, 0.05, 1.0}) density_case(dtype, count, bandwidth, offset), ++cases;
+        }
+      }
       if (dtype == DType::float64) continue;
       for (int64_t count : {1, 7, 8, 15, 16, 17, 100}) gelu_case(dtype, count, offset), ++cases;
     }
