@@ -157,6 +157,33 @@ def measure(
         row.extra_mb = _peak_memory(contender, run, inputs[0], arguments.device)
 
 
+Verdict = dict[str, tuple[float, float, torch.dtype]] | str
+"""By direction a contender's error, the formula's, and the dtype that rounds it; or why there is none."""
+
+
+def measured_rows(
+    case: str,
+    direction: str,
+    contenders: Sequence[Contender],
+    verdicts: dict[str, Verdict],
+    wrap: Callable[[Callable[..., Tensor]], Callable[..., None]],
+    inputs: list[tuple[Tensor, ...]],
+    arguments: argparse.Namespace,
+) -> list[Row]:
+    """A row for each contender, judged and timed in this direction."""
+    group = []
+    for each in contenders:
+        row = Row(case, direction, each.name, each.ours)
+        verdict = verdicts[each.name]
+        if isinstance(verdict, str):
+            row.note = verdict
+        else:
+            judge(row, *verdict[direction])
+        group.append((row, each, wrap(each.function)))
+    measure(group, inputs, arguments)
+    return [row for row, *_ in group]
+
+
 def _times(call: Callable[[], None], arguments: argparse.Namespace) -> list[float]:
     """Microseconds of single calls (CUDA) or of short blocks of calls (CPU)."""
     seconds = arguments.seconds / arguments.rounds

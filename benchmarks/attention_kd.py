@@ -14,8 +14,7 @@ from _common import (
     dtypes,
     finish,
     forward_of,
-    judge,
-    measure,
+    measured_rows,
     out_of_time,
     parser,
     relative_error,
@@ -81,17 +80,9 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
         ("forward", forward_of, student_heads + teacher_heads),
         ("forward+backward", learning, 3 * student_heads + teacher_heads),
     ):
-        group = []
-        for each in contenders:
-            row = Row(f"{name} {','.join(map(str, size))}", direction, each.name, each.ours, chosen=each.ours)
-            verdict = verdicts[each.name]
-            if isinstance(verdict, str):
-                row.note = verdict
-            else:
-                judge(row, *verdict[direction])
-            group.append((row, each, wrap(each.function)))
-        measure(group, inputs, arguments)
-        for row, *_ in group:
+        case = f"{name} {','.join(map(str, size))}"
+        for row in measured_rows(case, direction, contenders, verdicts, wrap, inputs, arguments):
+            row.chosen = row.ours
             if row.median:
                 row.gflops = products * product / row.median / 1e3
                 row.share = row.gflops / measured.products(name)

@@ -16,8 +16,7 @@ from _common import (
     finish,
     forward_backward_of,
     forward_of,
-    judge,
-    measure,
+    measured_rows,
     out_of_time,
     parser,
     relative_error,
@@ -108,17 +107,8 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
     }
     rows = []
     for direction, wrap, passes in (("forward", forward_of, 2), ("forward+backward", forward_backward_of, 4)):
-        group = []
-        for each in all_contenders:
-            row = Row(f"{name} {kind} {count}x{classes}", direction, each.name, each.ours)
-            verdict = verdicts[each.name]
-            if isinstance(verdict, str):
-                row.note = verdict
-            else:
-                judge(row, *verdict[direction])
-            group.append((row, each, wrap(each.function)))
-        measure(group, inputs, arguments)
-        for row, *_ in group:
+        case = f"{name} {kind} {count}x{classes}"
+        for row in measured_rows(case, direction, all_contenders, verdicts, wrap, inputs, arguments):
             if row.median:
                 row.gbytes = passes * count * classes * DTYPES[name].itemsize / row.median / 1e3
                 row.share = row.gbytes / measured.copy
