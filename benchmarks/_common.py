@@ -123,7 +123,7 @@ def forward_of(function: Callable[..., Tensor]) -> Callable[..., None]:
 def forward_backward_of(function: Callable[..., Tensor]) -> Callable[..., None]:
     def run(*inputs: Tensor) -> None:
         *arguments, grad_out = inputs
-        torch.autograd.grad(function(*arguments), arguments, grad_out)
+        torch.autograd.grad(function(*arguments), [one for one in arguments if one.requires_grad], grad_out)
 
     return run
 
@@ -159,6 +159,33 @@ def measure(
 
 Verdict = dict[str, tuple[float, float, torch.dtype]] | str
 """By direction a contender's error, the formula's, and the dtype that rounds it; or why there is none."""
+
+
+def check_loss(
+    contender: Contender, inputs: Sequence[Tensor], exact: Callable[..., Tensor], formula: Callable[..., Tensor]
+) -> Verdict:
+    """Of a scalar loss and its gradients by those of the inputs, all but the last, that require one; `exact` is given
+    them as float64."""
+    arguments = inputs[:-1]
+    learn = [one for one in arguments if one.requires_grad]
+    try:
+        with contender.context():
+            loss = contender.function(*arguments)
+            grads = torch.autograd.grad(loss, learn)
+    except Exception as error:
+        return _first_line(error)
+    precise = [one.detach().double().requires_grad_(one.requires_grad) for one in arguments]
+    exact_loss, plain_loss = exact(*precise), formula(*arguments)
+    exact_grads = torch.autograd.grad(exact_loss, [one for one in precise if one.requires_grad])
+    plain_grads = torch.autograd.grad(plain_loss, learn)
+    worst, plain_worst = (
+        max(relative_error(grad, expected) for grad, expected in zip(found, exact_grads, strict=True))
+        for found in (grads, plain_grads)
+    )
+    return {
+        "forward": (relative_error(loss, exact_loss), relative_error(plain_loss, exact_loss), torch.float32),
+        "forward+backward": (worst, plain_worst, learn[0].dtype),
+    }
 
 
 def measured_rows(

@@ -10,14 +10,15 @@ from _common import (
     OUT_OF_TIME,
     Contender,
     Row,
+    check_loss,
     copies,
     dtypes,
     finish,
+    forward_backward_of,
     forward_of,
     measured_rows,
     out_of_time,
     parser,
-    relative_error,
     start,
 )
 from _sizes import sizes
@@ -71,14 +72,16 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
         Contender("formula torch.compile", partial(torch.compile(formula, dynamic=False), kind=kind)),
     ]
     contenders = [each for each in contenders if not any(word in each.name for word in arguments.skip)]
+    exact, plain = partial(formula, kind=kind, dtype=torch.float64), partial(formula, kind=kind)
     verdicts = {
-        each.name: OUT_OF_TIME if out_of_time(arguments) else check(each, inputs[0], kind) for each in contenders
+        each.name: OUT_OF_TIME if out_of_time(arguments) else check_loss(each, inputs[0], exact, plain)
+        for each in contenders
     }
     product = 2 * images * tokens**2 * head_dim
     rows = []
     for direction, wrap, products in (
         ("forward", forward_of, student_heads + teacher_heads),
-        ("forward+backward", learning, 3 * student_heads + teacher_heads),
+        ("forward+backward", forward_backward_of, 3 * student_heads + teacher_heads),
     ):
         case = f"{name} {','.join(map(str, size))}"
         for row in measured_rows(case, direction, contenders, verdicts, wrap, inputs, arguments):
@@ -88,38 +91,6 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
                 row.share = row.gflops / measured.products(name)
             rows.append(row)
     return rows
-
-
-def learning(function):
-    """The student alone learns."""
-
-    def run(student, teacher, grad) -> None:
-        torch.autograd.grad(function(student, teacher), student, grad)
-
-    return run
-
-
-def check(contender: Contender, inputs, kind: str) -> dict[str, tuple[float, float, torch.dtype]] | str:
-    """(error, the formula's error, dtype that rounds it) of both directions, or why there is none."""
-    student, teacher, _ = inputs
-    try:
-        loss = contender.function(student, teacher)
-        (grad,) = torch.autograd.grad(loss, student)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    precise = student.detach().double().requires_grad_()
-    exact = formula(precise, teacher, kind, torch.float64)
-    (exact_grad,) = torch.autograd.grad(exact, precise)
-    plain = formula(student, teacher, kind)
-    (plain_grad,) = torch.autograd.grad(plain, student)
-    return {
-        "forward": (relative_error(loss, exact), relative_error(plain, exact), torch.float32),
-        "forward+backward": (
-            relative_error(grad, exact_grad),
-            relative_error(plain_grad, exact_grad),
-            student.dtype,
-        ),
-    }
 
 
 if __name__ == "__main__":

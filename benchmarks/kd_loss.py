@@ -11,6 +11,8 @@ from _common import (
     OUT_OF_TIME,
     Contender,
     Row,
+    Verdict,
+    check_loss,
     copies,
     dtypes,
     finish,
@@ -19,7 +21,6 @@ from _common import (
     measured_rows,
     out_of_time,
     parser,
-    relative_error,
     start,
 )
 from _sizes import sizes
@@ -117,28 +118,14 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
     return rows
 
 
-def check(contender: Contender, inputs, kind: str) -> dict[str, tuple[float, float, torch.dtype]] | str:
-    """(error, the formula's error, dtype that rounds it) of both directions, or why there is none."""
-    student, teacher, _ = inputs
+def check(contender: Contender, inputs, kind: str) -> Verdict:
     temperature = 1.0 if kind in ("l1", "mse") else TEMPERATURE
-    try:
-        with contender.context():
-            loss = contender.function(student, teacher)
-            grads = torch.autograd.grad(loss, (student, teacher))
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    precise = [logits.detach().double().requires_grad_() for logits in (student, teacher)]
-    exact = kd_rows_formula(*precise, kind, temperature).mean()
-    exact_grads = torch.autograd.grad(exact, precise)
-    plain = formula(student, teacher, kind, temperature)
-    plain_grads = torch.autograd.grad(plain, (student, teacher))
-    forward = relative_error(loss, exact), relative_error(plain, exact), torch.float32
-    backward = (
-        max(relative_error(grad, expected) for grad, expected in zip(grads, exact_grads)),
-        max(relative_error(grad, expected) for grad, expected in zip(plain_grads, exact_grads)),
-        student.dtype,
+    return check_loss(
+        contender,
+        inputs,
+        lambda student, teacher: kd_rows_formula(student, teacher, kind, temperature).mean(),
+        lambda student, teacher: formula(student, teacher, kind, temperature),
     )
-    return {"forward": forward, "forward+backward": backward}
 
 
 if __name__ == "__main__":

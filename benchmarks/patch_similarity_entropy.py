@@ -9,6 +9,7 @@ from _common import (
     OUT_OF_TIME,
     Contender,
     Row,
+    check_loss,
     copies,
     dtypes,
     finish,
@@ -17,7 +18,6 @@ from _common import (
     measured_rows,
     out_of_time,
     parser,
-    relative_error,
     start,
 )
 from _sizes import sizes
@@ -58,7 +58,11 @@ def run_case(size: tuple[int, ...], name: str, arguments) -> list[Row]:
         Contender("formula torch.compile", torch.compile(formula, dynamic=False)),
     ]
     contenders = [each for each in contenders if not any(word in each.name for word in arguments.skip)]
-    verdicts = {each.name: OUT_OF_TIME if out_of_time(arguments) else check(each, *inputs[0]) for each in contenders}
+    exact = partial(formula, dtype=torch.float64)
+    verdicts = {
+        each.name: OUT_OF_TIME if out_of_time(arguments) else check_loss(each, inputs[0], exact, formula)
+        for each in contenders
+    }
     rows = []
     for direction, wrap in (("forward", forward_of), ("forward+backward", forward_backward_of)):
         rows += measured_rows(
@@ -67,26 +71,6 @@ def run_case(size: tuple[int, ...], name: str, arguments) -> list[Row]:
     for row in rows:
         row.chosen = row.ours
     return rows
-
-
-def check(contender: Contender, tokens, grad) -> dict[str, tuple[float, float, torch.dtype]] | str:
-    """(error, the formula's error, dtype that rounds it) of both directions, or why there is none."""
-    try:
-        entropy = contender.function(tokens)
-        (slope,) = torch.autograd.grad(entropy, tokens, grad)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    precise = tokens.detach().double().requires_grad_()
-    exact, plain = formula(precise, torch.float64), formula(tokens)
-    (exact_slope,), (plain_slope,) = torch.autograd.grad(exact, precise), torch.autograd.grad(plain, tokens)
-    return {
-        "forward": (relative_error(entropy, exact), relative_error(plain, exact), torch.float32),
-        "forward+backward": (
-            relative_error(slope, exact_slope),
-            relative_error(plain_slope, exact_slope),
-            tokens.dtype,
-        ),
-    }
 
 
 if __name__ == "__main__":

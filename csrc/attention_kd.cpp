@@ -26,7 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_kd(const Tensor& student_any, const
   STD_TORCH_CHECK(student.dim() == 5 && teacher.dim() == 5 && student.size(2) >= 2 && teacher.size(2) >= 2 &&
                       student.size(0) == teacher.size(0) && student.size(1) == teacher.size(1),
                   "student and teacher must both be (batch, tokens, 2 or 3, heads, head_dim)");
-  STD_TORCH_CHECK(average_heads || student.size(3) == teacher.size(3), "heads can be paired only where both have as many");
+  STD_TORCH_CHECK(average_heads || student.size(3) == teacher.size(3),
+                  "heads can be paired only where both have as many");
   STD_TORCH_CHECK(student.device() == teacher.device(), "student and teacher must have one device");
   const bool wide = student.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(wide == (teacher.scalar_type() == ScalarType::Double), "float64 goes with float64 alone");

@@ -6,7 +6,8 @@ namespace {
 SimilarityDensity arguments(const Tensor& similarities, int64_t points, double bandwidth) {
   using torch::headeronly::ScalarType;
   const ScalarType type = similarities.scalar_type();
-  STD_TORCH_CHECK(similarities.dim() == 2 && similarities.is_contiguous(), "similarities must be (images, M), contiguous");
+  STD_TORCH_CHECK(similarities.dim() == 2 && similarities.is_contiguous(),
+                  "similarities must be (images, M), contiguous");
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "similarities must be float32 or float64");
   STD_TORCH_CHECK(points > 0 && bandwidth > 0, "there must be points, and a bandwidth above 0");
   SimilarityDensity args{};

@@ -176,3 +176,10 @@ def test_a_student_that_records_no_gradient_is_refused():
 
     with pytest.raises(ValueError, match=r"student's output has no gradient: its forward runs under torch.no_grad"):
         distill(tiny_teacher(), Silent(8), steps=3, **QUICK)
+
+
+def test_a_teacher_may_answer_in_inference_mode():
+    teacher = tiny_teacher()
+    teacher.forward = torch.inference_mode()(teacher.forward)
+    result = distill(teacher, tiny_student(), steps=3, **{**QUICK, "method": "best"})
+    assert result.report.status == "completed"

@@ -10,7 +10,6 @@ namespace vitkd::cpu::VITKD_ISA {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kFewHeads = 16;
 constexpr int64_t kStripLanes = 64;  // queries of one strip: at 197 keys their scores take 50 KB
 constexpr int64_t kWholeLanes = 80;  // a head of no more is one strip: two would take a second pass over dK and dV

@@ -1,7 +1,7 @@
 // Distance between attention maps on the CPU, and its gradients. A task owns the heads that are compared together: one
-// of the student's and one of the teacher's, or all of an image where their means are. As in attention.cpp all keys meet
-// a strip of queries, whose scores have one column per query; the distance and the gradients of the scores go down the
-// columns, and only strips of maps ever exist.
+// of the student's and one of the teacher's, or all of an image where their means are. As in attention.cpp all keys
+// meet a strip of queries, whose scores have one column per query; the distance and the gradients of the scores go down
+// the columns, and only strips of maps ever exist.
 #include "softmax.h"
 
 #include "../kernels.h"
@@ -12,7 +12,6 @@ namespace vitkd::cpu::VITKD_ISA {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kStripElements = 192 << 10;  // of the scores of all heads: 768 KB of floats
 constexpr int64_t kStripLanes = 48;
 constexpr double kDeepest = 100;  // bits below the largest power that one may be, lest a weight be subnormal
@@ -81,8 +80,8 @@ class Maps {
   bool wanted() const { return side_.grad != nullptr; }
 
   // The scores of queries `first` and on, in bits below each column's largest, and the log of the sum of their powers.
-  // Only differences are scaled, and the log stays by itself: the largest may be large, which neither is. Where means are
-  // compared and no power is too small for it, the powers themselves take the scores' place, and 1 / sum the log's.
+  // Only differences are scaled, and the log stays by itself: the largest may be large, which neither is. Where means
+  // are compared and no power is too small for it, the powers themselves take the scores' place, and 1 / sum the log's.
   void score(int64_t first, int64_t count, int64_t columns) {
     columns_ = columns;
     powers_ = average;

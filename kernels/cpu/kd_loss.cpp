@@ -10,7 +10,6 @@ namespace vitkd::cpu::VITKD_ISA {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kFarthest = 4096;  // elements ahead of those that are read, of which memory is asked for
 
 // body(first class, part of a Sum, how many classes) for every vector of a row; all are whole but the last, and say so

@@ -136,8 +136,8 @@ inline Vec<SumOf<In>> exponential(Vec<SumOf<In>> x) {
   else return exp2(x);
 }
 
-// exp2(factor * (score - peak)), for floats without the factor, which their queries have taken. Nothing is scaled before
-// the peak is taken off: of a large one, rounded, more would be left than an exponential can hold.
+// exp2(factor * (score - peak)), for floats without the factor, which their queries have taken. Nothing is scaled
+// before the peak is taken off: of a large one, rounded, more would be left than an exponential can hold.
 template <class In, class Peak>
 inline Vec<SumOf<In>> weight_below(Vec<SumOf<In>> score, Peak peak, SumOf<In> factor) {
   if constexpr (kSteps<In> == 1) return exponential<In>(score - peak);

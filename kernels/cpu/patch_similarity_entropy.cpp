@@ -9,7 +9,6 @@ namespace vitkd::cpu::VITKD_ISA {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr double kNormal = 0.39894228040143267794;  // 1 / sqrt(2 pi)
 
 // Points from kBefore before the nearest one on: e^(-d^2 / 2) beyond them is 6e-13 for floats, 2e-29 for doubles.
@@ -81,8 +80,9 @@ void add_up(T* rows, int64_t parts, int64_t width, T* to) {
   }
 }
 
-// Several sums of windows, by turns, so that one's additions need not wait for the last one's; and few terms in each, and
-// few of these in a sum of theirs, so that rounding does not grow with their number: patches that look alike round alike.
+// Several sums of windows, by turns, so that one's additions need not wait for the last one's; and few terms in each,
+// and few of these in a sum of theirs, so that rounding does not grow with their number: patches that look alike round
+// alike.
 template <class T>
 void density_of(const SimilarityDensity& args, int64_t image, Workspace& memory) {
   constexpr int64_t turns = 4, section = 64, sections = 64;

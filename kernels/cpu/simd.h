@@ -177,6 +177,8 @@ inline T max(Vec<T> v) {
   return most;
 }
 
+constexpr double kLog2E = 1.4426950408889634;
+
 // 2^f for |f| <= 1/2: a minimax polynomial, relative error 2e-9.
 inline Vec<float> exp2_fraction(Vec<float> f) {
   Vec<float> p = broadcast(1.53458104e-4f);

@@ -63,10 +63,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        sides = ctx.saved_tensors
-        with without_autocast(grad.device):
-            grads = _grads(*sides, *ctx.arguments, ctx.needs_input_grad[:2], grad)
-        return *map(_packed, grads, sides), None, None, None
+        return *_by_formula(ctx, ctx.saved_tensors, grad), None, None, None
 
 
 class _Kept(torch.autograd.Function):
@@ -88,11 +85,17 @@ class _Kept(torch.autograd.Function):
     def backward(ctx, grad):
         *sides, student_grad, teacher_grad = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain(grad):  # create_graph, or traced
-            with without_autocast(grad.device):
-                grads = _grads(*sides, *ctx.arguments, ctx.needs_input_grad[:2], grad)
-            return *map(_packed, grads, sides), None, None, None
+            return *_by_formula(ctx, sides, grad), None, None, None
         packed = [_scaled(*pair, grad) for pair in zip((student_grad, teacher_grad), sides, strict=True)]
         return *packed, None, None, None
+
+
+def _by_formula(ctx, sides, grad: Tensor) -> list[Tensor | None]:
+    """What both sides get where `grad` (B,) comes from above, by ops that can be differentiated again."""
+    with without_autocast(grad.device):
+        (student, teacher), (kind, average_heads, scales) = sides, ctx.arguments
+        grads = _grads(student, teacher, kind, average_heads, scales, ctx.needs_input_grad[:2], grad)
+    return [*map(_packed, grads, sides)]
 
 
 def _grads(student, teacher, kind, average_heads, scales, wanted, weight: Tensor | None = None):

@@ -273,7 +273,8 @@ void density_case(DType dtype, int64_t count, double bandwidth, int64_t offset) 
   Buffer grad(dtype, density.size, offset), slope(dtype, similarities.size, offset);
   for (int64_t i = 0; i < similarities.size; ++i) similarities.set(i, Buffer::random() / 4);  // from -1 to 1
   grad.fill();
-  SimilarityDensity args{dtype, images, count, points, bandwidth, similarities.data(), density.data(), nullptr, nullptr};
+  SimilarityDensity args{dtype, images, count, points, bandwidth, similarities.data(), density.data(), nullptr,
+                         nullptr};
   cpu::similarity_density(args, serial);
   args.grad_density = grad.data();
   args.grad_similarities = slope.data();
