@@ -86,6 +86,22 @@ struct AttentionKD {
   void* loss;  // (batch, 1 or heads), the means over queries, float or double
 };
 
+// The mean over some tokens, the queries, of their softmax over some, the keys, alone; or, where grad_shares is given,
+// its gradient. On the CPU alone.
+struct AttentionShares {
+  DType dtype;
+  int64_t batch, tokens, slots, heads, head_dim;
+  double scale;
+  const void* qk;     // (batch, tokens, slots: 2 or more, heads, head_dim), head_dim contiguous
+  int64_t stride[4];  // of batch, tokens, slots, heads
+  int64_t query_count, key_count;
+  const int64_t* queries;  // numbers of tokens, as keys are
+  const int64_t* keys;
+  void* shares;             // (batch, heads, key_count), float or double, contiguous as all below
+  const void* grad_shares;  // the same
+  void* grad_qk;            // (batch, tokens, slots, heads, head_dim), in dtype
+};
+
 // The density of each image's similarities, cosines, by normal kernels of that bandwidth, at points one bandwidth apart
 // around 0; or, where grad_density is given, their gradient. On the CPU alone.
 struct SimilarityDensity {
@@ -117,6 +133,7 @@ void attention_backward(const AttentionBackward&, ParallelFor);
 void kd_loss(const KDLoss&, ParallelFor);
 void gelu(const Gelu&, ParallelFor);
 void attention_kd(const AttentionKD&, ParallelFor);
+void attention_shares(const AttentionShares&, ParallelFor);
 void similarity_density(const SimilarityDensity&, ParallelFor);
 
 }  // namespace cpu

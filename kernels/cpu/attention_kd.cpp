@@ -34,15 +34,6 @@ inline Vec<T> log2(Vec<T> x) {
   return x != x ? x : result;
 }
 
-// work(rows): `data` as what it is stored as, `at` elements on; double goes with double, float with all others.
-template <class T, class Work>
-void with_rows(DType dtype, const void* data, int64_t at, Work work) {
-  if constexpr (std::is_same_v<T, double>) return work(static_cast<const double*>(data) + at);
-  else if (dtype == DType::bfloat16) work(static_cast<const bf16*>(data) + at);
-  else if (dtype == DType::float16) work(static_cast<const f16*>(data) + at);
-  else work(static_cast<const float*>(data) + at);
-}
-
 // The mean of some heads' weights at one key, for a vector of queries.
 template <class T>
 struct Mean {

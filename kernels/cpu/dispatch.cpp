@@ -13,6 +13,7 @@ namespace vitkd::cpu {
   void kd_loss(const KDLoss&, ParallelFor);                       \
   void gelu(const Gelu&, ParallelFor);                            \
   void attention_kd(const AttentionKD&, ParallelFor);             \
+  void attention_shares(const AttentionShares&, ParallelFor);     \
   void similarity_density(const SimilarityDensity&, ParallelFor); \
   }
 
@@ -32,13 +33,14 @@ struct Kernels {
   decltype(&portable::kd_loss) kd_loss;
   decltype(&portable::gelu) gelu, gelu_bf16;
   decltype(&portable::attention_kd) attention_kd;
+  decltype(&portable::attention_shares) attention_shares;
   decltype(&portable::similarity_density) similarity_density;
 };
 
 #define VITKD_KERNELS(isa, bf16)                                                                            \
   Kernels {                                                                                                 \
     isa::attention, bf16::attention, isa::attention_backward, bf16::attention_backward, isa::kd_loss, isa::gelu, \
-        bf16::gelu, isa::attention_kd, isa::similarity_density                                              \
+        bf16::gelu, isa::attention_kd, isa::attention_shares, isa::similarity_density                       \
   }
 
 Kernels choose() {
@@ -76,6 +78,9 @@ void gelu(const Gelu& args, ParallelFor parallel_for) {
   (args.dtype == DType::bfloat16 ? kernels().gelu_bf16 : kernels().gelu)(args, parallel_for);
 }
 void attention_kd(const AttentionKD& args, ParallelFor parallel_for) { kernels().attention_kd(args, parallel_for); }
+void attention_shares(const AttentionShares& args, ParallelFor parallel_for) {
+  kernels().attention_shares(args, parallel_for);
+}
 void similarity_density(const SimilarityDensity& args, ParallelFor parallel_for) {
   kernels().similarity_density(args, parallel_for);
 }

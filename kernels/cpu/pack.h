@@ -4,6 +4,7 @@
 // for floats, in pairs for bfloat16; where the last of them has no neighbour, its neighbour is zero.
 #pragma once
 
+#include "../kernels.h"
 #include "gemm.h"
 
 #if defined(__AMX_BF16__)
@@ -286,5 +287,18 @@ struct Result {
     }
   }
 };
+
+// work(rows): `data` as what it is stored as, `at` elements on; double goes with double, float with all others.
+template <class T, class Void, class Work>
+void with_rows(DType dtype, Void* data, int64_t at, Work work) {
+  const auto as = [&](auto stored) {
+    using S = decltype(stored);
+    work(static_cast<std::conditional_t<std::is_const_v<Void>, const S, S>*>(data) + at);
+  };
+  if constexpr (std::is_same_v<T, double>) return as(double{});
+  else if (dtype == DType::bfloat16) as(bf16{});
+  else if (dtype == DType::float16) as(f16{});
+  else as(float{});
+}
 
 }  // namespace vitkd::cpu::VITKD_ISA

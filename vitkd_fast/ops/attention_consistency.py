@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vitkd_fast.ops._library import LIBRARY, Below, is_plain, keepable, number, transformed
 from vitkd_fast.ops._precise import (
     Reduction,
     check_choice,
@@ -21,6 +22,7 @@ from vitkd_fast.ops._precise import (
 from vitkd_fast.ops.attention_kd import check_attention
 
 Queries = Literal["patches", "prefix"]
+LEAST = 1e-20  # of a key's share: a weight that one of 10^6 of the sum needs is still a normal number
 Axis = Sequence[int | None]  # for each place after a transform, the place before it; None: it came from outside
 
 
@@ -135,12 +137,70 @@ def log_saliency(attention: Tensor, queries: Tensor, keys: Tensor, scale: float 
         scores = attention[:, :, queries][..., keys]
         scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
     else:
-        query = attention[:, queries, 0].transpose(1, 2)  # (B, H, queries, D)
-        scores = (
-            query * (query.shape[-1] ** -0.5 if scale is None else scale) @ attention[:, keys, 1].permute(0, 2, 3, 1)
-        )
+        scores = _scores(attention, queries, keys, attention.shape[-1] ** -0.5 if scale is None else scale)
     count = scores.shape[1] * scores.shape[2]
     return torch.log_softmax(scores, dim=-1).flatten(1, 2).logsumexp(1) - math.log(count)
+
+
+def _scores(qkv: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """(B, H, queries, keys)"""
+    query = qkv[:, queries, 0].transpose(1, 2)
+    return query * scale @ qkv[:, keys, 1].permute(0, 2, 3, 1)
+
+
+def attention_shares_formula(qkv: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The share of each head's attention that each key gets among `keys`, mean over `queries`: (B, H, keys)."""
+    return _scores(qkv.to(precise_dtype(qkv)), queries, keys, scale).softmax(-1).mean(2)
+
+
+def attention_shares_backward_formula(grad: Tensor, qkv: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    precise = qkv.to(grad.dtype)
+    weights = _scores(precise, queries, keys, scale).softmax(-1)
+    grad = (grad * (scale / len(queries))).unsqueeze(2)
+    grad = weights * (grad - (weights * grad).sum(-1, keepdim=True))  # of the scores
+    of_queries = (grad @ precise[:, keys, 1].transpose(1, 2)).transpose(1, 2)  # (B, queries, H, D)
+    of_keys = (grad.mT @ precise[:, queries, 0].transpose(1, 2)).transpose(1, 2)
+    nothing = torch.zeros_like(precise[:, :, 0])
+    by_token = nothing.index_add(1, queries, of_queries), nothing.index_add(1, keys, of_keys)
+    return torch.stack((*by_token, *[nothing] * (qkv.shape[2] - 2)), 2).to(qkv.dtype)
+
+
+# No ops of the public kind: the CPU alone has kernels for them, and `_Shares` alone calls them.
+LIBRARY.define("attention_shares(Tensor qk, Tensor queries, Tensor keys, float scale) -> Tensor")
+LIBRARY.define("attention_shares_backward(Tensor grad, Tensor qk, Tensor queries, Tensor keys, float scale) -> Tensor")
+LIBRARY.impl("attention_shares", attention_shares_formula, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_shares_backward", attention_shares_backward_formula, "CompositeExplicitAutograd")
+
+
+class _Shares(torch.autograd.Function):
+    """`attention_shares_formula` by the CPU's kernel, which keeps no map; its backward is differentiable in turn."""
+
+    @staticmethod
+    def forward(ctx, qkv, queries, keys, scale):
+        ctx.save_for_backward(qkv, queries, keys)
+        ctx.scale = scale
+        with Below():
+            return torch.ops.vitkd.attention_shares(qkv, queries, keys, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv, queries, keys = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain(grad):  # create_graph, or traced
+            with without_autocast(grad.device):
+                grad = attention_shares_backward_formula(grad, qkv, queries, keys, ctx.scale)
+        else:
+            with Below():
+                grad = torch.ops.vitkd.attention_shares_backward(grad.contiguous(), qkv, queries, keys, ctx.scale)
+        return grad, None, None, None
+
+
+def fused_log_saliency(qkv: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """`log_saliency` of a packed qkv by the CPU's kernel, unless a key gets next to nothing, which is less than sums of
+    weights can hold."""
+    saliency = _Shares.apply(keepable(qkv), queries, keys, scale).mean(1)
+    if saliency.numel() == 0 or saliency.detach().amin() > LEAST:
+        return saliency.log()
+    return log_saliency(qkv.to(saliency.dtype), queries, keys, scale)
 
 
 def attention_consistency_formula(log_before: Tensor, log_after: Tensor) -> Tensor:
@@ -201,6 +261,8 @@ def attention_consistency(
     if queries == "prefix" and prefix_tokens == 0:
         raise ValueError('queries is "prefix", but prefix_tokens is 0; ask the "patches", or say how many there are.')
     dtype = precise_dtype(attention, transformed_attention)
+    if scale is not None:
+        scale = number("scale", scale)
     saliencies = []
     with without_autocast(attention.device):
         sides = (attention, transformed_attention), rows, columns, (grid[1], size[1])
@@ -208,7 +270,12 @@ def attention_consistency(
             first = _numbers(down, side.device) * width + prefix_tokens  # of each row
             keys = (first.unsqueeze(1) + _numbers(across, side.device)).flatten()
             asked = keys if queries == "patches" else torch.arange(prefix_tokens, device=side.device)
-            saliencies.append(log_saliency(side.to(dtype), asked, keys, scale))
+            if side.dim() == 5 and side.is_cpu and is_plain(side) and not transformed():
+                side = side.to(dtype) if dtype is torch.float64 else side
+                factor = side.shape[-1] ** -0.5 if scale is None else scale
+                saliencies.append(fused_log_saliency(side, asked, keys, factor))
+            else:
+                saliencies.append(log_saliency(side.to(dtype), asked, keys, scale))
         losses = attention_consistency_formula(*saliencies)
     return reduced(losses, reduction)
 

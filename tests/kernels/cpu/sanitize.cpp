@@ -267,6 +267,60 @@ void attention_kd_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t of
   }
 }
 
+void shares_case(DType dtype, int64_t tokens, int64_t head_dim, int64_t offset) {
+  const int64_t batch = 2, heads = 2, slots = 2 + tokens % 2, channels = heads * head_dim, row = slots * channels;
+  const DType precise = dtype == DType::float64 ? dtype : DType::float32;
+  std::vector<int64_t> queries, keys;
+  for (int64_t n = tokens - 1; n >= tokens / 3; --n) queries.push_back(n);
+  for (int64_t n = 0; n < tokens; n += tokens > 20 ? 1 : 2) keys.push_back(n);
+  keys.push_back(tokens - 1);  // some of them twice
+  const auto count = static_cast<int64_t>(keys.size());
+  Buffer qk(dtype, batch * tokens * row, offset), grad_qk(dtype, qk.size, offset);
+  Buffer shares(precise, batch * heads * count, offset), grad(precise, shares.size, offset);
+  qk.fill();
+  grad.fill();
+  AttentionShares args{dtype, batch, tokens, slots, heads, head_dim, 0.3 / double(head_dim), qk.data(),
+                       {tokens * row, row, channels, head_dim}, static_cast<int64_t>(queries.size()), count,
+                       queries.data(), keys.data(), shares.data(), nullptr, nullptr};
+  cpu::attention_shares(args, serial);
+  args.grad_shares = grad.data();
+  args.grad_qk = grad_qk.data();
+  cpu::attention_shares(args, serial);
+  std::vector<double> slope(static_cast<size_t>(qk.size), 0.0);
+  for (int64_t group = 0; group < batch * heads; ++group) {
+    const auto at = [&](int64_t n, int64_t slot) {
+      return ((group / heads * tokens + n) * slots + slot) * channels + group % heads * head_dim;
+    };
+    std::vector<double> want(keys.size(), 0.0);
+    for (int64_t query : queries) {
+      std::vector<double> p(keys.size(), 0.0);
+      double sum = 0, mean = 0;
+      for (size_t k = 0; k < keys.size(); ++k) {
+        const int64_t one = at(query, 0), other = at(keys[k], 1);
+        for (int64_t d = 0; d < head_dim; ++d) p[k] += qk.get(one + d) * qk.get(other + d) * args.scale;
+        sum += p[k] = std::exp(p[k]);
+      }
+      const auto weight = [&](size_t k) { return p[k] / sum / double(queries.size()); };
+      const auto above = [&](size_t k) { return grad.get(group * count + static_cast<int64_t>(k)); };
+      for (size_t k = 0; k < keys.size(); ++k) want[k] += weight(k), mean += p[k] / sum * above(k);
+      for (size_t k = 0; k < keys.size(); ++k) {
+        const double of_score = weight(k) * (above(k) - mean) * args.scale;
+        for (int64_t d = 0; d < head_dim; ++d) {
+          slope[static_cast<size_t>(at(query, 0) + d)] += of_score * qk.get(at(keys[k], 1) + d);
+          slope[static_cast<size_t>(at(keys[k], 1) + d)] += of_score * qk.get(at(query, 0) + d);
+        }
+      }
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      expect(shares.get(group * count + k), want[static_cast<size_t>(k)], 1, precise, "attention_shares");
+    }
+  }
+  for (int64_t i = 0; i < qk.size; ++i) {
+    const double want = slope[static_cast<size_t>(i)];
+    expect(grad_qk.get(i), want, 4 + std::abs(want), dtype, "attention_shares_backward");
+  }
+}
+
 void density_case(DType dtype, int64_t count, double bandwidth, int64_t offset) {
   const int64_t images = 2, points = 2 * (static_cast<int64_t>(std::ceil(1 / bandwidth)) + 5) + 1;
   Buffer similarities(dtype, images * count, offset), density(dtype, images * points, offset);
@@ -312,6 +366,7 @@ int main() {
       }
       for (int64_t tokens : {1, 2, 15, 16, 17, 35, 70}) {
         for (int64_t head_dim : {1, 16, 33}) attention_kd_case(dtype, tokens, head_dim, offset), ++cases;
+        for (int64_t head_dim : {1, 16, 33}) shares_case(dtype, tokens, head_dim, offset), ++cases;
       }
       for (int64_t classes : {1, 2, 10, 15, 16, 17, 100, 1000}) kd_case(dtype, classes, offset), ++cases;
       if (dtype == DType::float32 || dtype == DType::float64) {
