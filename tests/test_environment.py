@@ -22,6 +22,22 @@ def test_importing_leaves_cuda_alone():
     assert done.returncode == 0, done.stderr
 
 
+def test_classification_needs_none_of_the_extras():
+    done = run(
+        "import sys\n"
+        "extras = 'transformers', 'torchmetrics', 'pycocotools', 'pytest', 'matplotlib'\n"
+        "sys.modules.update(dict.fromkeys(extras))  # None: an import of it fails\n"
+        "import torch, vitkd_fast\n"
+        "from timm.models.vision_transformer import VisionTransformer\n"
+        "teacher, student = (VisionTransformer(8, 4, 1, 3, embed_dim=8, depth=1, num_heads=2) for _ in range(2))\n"
+        "held = [(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))]\n"
+        "result = vitkd_fast.distill(teacher, student, steps=2, batch_size=4, evaluate=held, device='cpu')\n"
+        "assert result.report.student_accuracy is not None\n"
+        "vitkd_fast.decelerate(vitkd_fast.accelerate(result.student))\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_wish_that_means_nothing_is_named():
     done = run("import vitkd_fast", VITKD_CUDA_BACKEND="cudnn")
     assert done.returncode == 0

@@ -29,7 +29,8 @@ def switch(model: nn.Module) -> tuple[list[str], dict[str, str], list[str]]:
     blocks = {name: module for name, module in blocks.items() if name not in kept}
     if not all("vitkd_switched" in vars(block) for block in blocks.values()):
         _own_configs(model)
-    _register()
+    if blocks:
+        _register()
     for block in blocks.values():
         block.vitkd_switched = True
         block.config._attn_implementation = {"": _Name(NAME)}  # and not of the configs in it
