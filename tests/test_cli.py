@@ -68,11 +68,10 @@ def test_demo_hands_on_what_is_said(monkeypatch, module):
 
 def test_flags_are_the_fields_of_a_config(monkeypatch, tmp_path):
     given = {}
-    (tmp_path / "student.safetensors").touch()
 
     def recorded(teacher, student, **options):
         given.update(options)
-        return SimpleNamespace(report=SimpleNamespace(status="completed"))
+        return SimpleNamespace(report=SimpleNamespace(status="completed"), saved=True)
 
     # vitkd_fast.distill is the function; its module has the same name
     monkeypatch.setattr(importlib.import_module("vitkd_fast.distill"), "distill", recorded)
@@ -127,6 +126,21 @@ def test_what_a_user_can_put_right_is_one_line(capsys, tmp_path, arguments, mess
     out = ("--out", str(tmp_path / "run")) if arguments else ()
     error = output_of(capsys, "distill", "--teacher", "test_vit", "--student", "test_vit", *out, *arguments, code=2).err
     assert error.startswith(f"vitkd: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("--out", ""), ("--out=",), ("--evaluate", "")])
+def test_nothing_is_no_path(capsys, arguments):
+    error = output_of(capsys, "distill", "--teacher", "test_vit", "--student", "test_vit", *arguments, code=2).err
+    assert error == f"vitkd: {arguments[0].rstrip('=')} is followed by nothing ('').\n"
+
+
+def test_a_student_that_an_earlier_part_of_the_run_left_is_not_this_ones(monkeypatch, tmp_path, capsys):
+    (tmp_path / "student.safetensors").write_text("half trained")
+    result = SimpleNamespace(student=torch.nn.Linear(1, 1), saved=False, report=None)
+    monkeypatch.setattr(importlib.import_module("vitkd_fast.distill"), "distill", lambda *_, **__: result)
+    names = ("--teacher", "test_vit", "--student", "test_vit")
+    error = output_of(capsys, "distill", *names, "--out", str(tmp_path), "--resume", code=2).err
+    assert "the student could not be saved" in error and "it is in" in error
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):

@@ -51,6 +51,15 @@ def test_a_wrong_value_is_refused_by_name(name, value):
         Config(**{name: value})
 
 
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    config = Config(seed=numpy.int64(3), student_lr=numpy.float32(0.5), balanced=numpy.bool_(False))
+    assert (config.seed, config.student_lr, config.balanced) == (3, 0.5, False)
+    assert json.loads(json.dumps(config.to_dict()))["seed"] == 3
+    with pytest.raises(ValueError, match="steps is"):
+        Config(steps=numpy.ones(2))
+
+
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(TypeError, match="no argument 'batchsize'; did you mean batch_size"):
         Config.of({"batchsize": 3})

@@ -60,9 +60,25 @@ def test_what_would_be_refused_is_refused_before_anything_is_trained(module, tmp
     (tmp_path / "config.json").write_text('{"my": "settings"}')
     for options, message in (
         ({"steps": 0}, "steps is 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"out": tmp_path}, "holds more than a finished demo"),
         ({"json": tmp_path}, "directory"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             demo(progress=False, **options)
     assert (tmp_path / "config.json").read_text() == '{"my": "settings"}'
+
+
+def test_ctrl_c_while_the_second_student_learns_leaves_no_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TEACHER_STEPS", 3)
+
+    def stopped(*networks, method="best", **options):
+        result = distill(*networks, method=method, **options)
+        result.report.status = "interrupted" if method == "noise" else "completed"
+        return result
+
+    distill = module.distill
+    monkeypatch.setattr(module, "distill", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        module.demo(steps=2, json=tmp_path / "demo.json", progress=False)
+    assert not (tmp_path / "demo.json").read_text()

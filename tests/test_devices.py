@@ -50,7 +50,7 @@ def pretend(monkeypatch):
             patch.setattr(torch, "is_autocast_enabled", lambda *args: False)
             optimizer = importlib.import_module("torch.optim.optimizer")
             patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [DEVICE.type])
-            patch.setattr(Ledger, "read", lambda self: (dict.fromkeys(self.names, 0.0), {}))
+            patch.setattr(Ledger, "read", lambda self: (dict.fromkeys(self.names, 0.0), {}, 0))
             with torch._functorch.config.patch(fake_tensor_allow_meta=True), FakeTensorMode():
                 yield
 

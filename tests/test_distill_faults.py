@@ -1,16 +1,18 @@
 """What goes wrong in a run and how it ends: losses that are not finite, interrupts, errors of others."""
 
 import importlib
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from tiny import QUICK, agreement_of, held_images, tiny_student, tiny_teacher
+from tiny import QUICK, agreement_of, held_images, same, state, tiny_student, tiny_teacher
 from torch import nn
 
 from vitkd_fast.distill import distill
 from vitkd_fast.guard import NonFiniteError
+from vitkd_fast.objectives import STUDENT_OBJECTIVES, Objective
 
 
 class Poisonous(nn.Module):
@@ -44,6 +46,30 @@ def test_too_many_skipped_steps_stop_the_run_with_the_terms_name(tmp_path):
     weights = {name: weight for name, weight in tiny_student().named_parameters()}
     assert all(torch.equal(weight, weights[name]) for name, weight in student.named_parameters())
     assert json.loads((tmp_path / "report.json").read_text())["status"] == "failed"
+
+
+def test_steps_are_counted_whichever_term_is_bad(monkeypatch):
+    steps = itertools.count()
+    for name, bad in (("odd", 1), ("even", 0)):
+
+        def term(scene, bad=bad):
+            return scene.student.logits.mean() + (math.inf if next(steps) // 2 % 2 == bad else 0.0)
+
+        monkeypatch.setitem(STUDENT_OBJECTIVES, name, Objective(name, term, frozenset()))
+    with pytest.raises(NonFiniteError, match="Not finite by step 21"):
+        options = QUICK | {"student_objectives": {"odd": 1.0, "even": 1.0}, "log_every": 1}
+        distill(tiny_teacher(), tiny_student(), steps=100, max_skipped=20, **options)
+
+
+def test_the_callers_autocast_and_gradients_are_none_of_the_runs():
+    plain = distill(tiny_teacher(), tiny_student(), steps=5, **QUICK)
+    teacher, student = tiny_teacher(), tiny_student()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = distill(teacher, student, steps=5, **QUICK)
+        assert torch.is_autocast_enabled("cpu")
+    for result in (plain, inside):
+        assert all(weight.grad is None for part in (result.student, result.generator) for weight in part.parameters())
+    assert same(state(inside.student), state(plain.student))
 
 
 def test_ctrl_c_leaves_a_usable_student_and_report(tmp_path):

@@ -37,8 +37,8 @@ def test_a_bad_step_changes_neither_weights_nor_buffers_nor_moments(factor):
     after = state(model)
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert not torch.equal(after["head.weight"], before["head.weight"])
-    _, bad = optimizer.ledger.read()
-    assert bad["student_gradient"] == 1
+    _, bad, steps = optimizer.ledger.read()
+    assert bad["student_gradient"] == steps == 1
 
 
 def test_a_bad_step_leaves_what_was_loaded():
@@ -93,10 +93,10 @@ def test_ledger_means_are_of_the_finite_values_since_the_last_read():
     values = [(1.0, 2.0), (3.0, math.nan), (math.inf, 4.0)]
     flags = [ledger.add({"a": torch.tensor(a), "b": torch.tensor(b)}).item() for a, b in values]
     assert flags == [0, 1, 1]
-    assert ledger.read() == ({"a": 2.0, "b": 3.0}, {"a": 1, "b": 1})
+    assert ledger.read() == ({"a": 2.0, "b": 3.0}, {"a": 1, "b": 1}, 2)
     ledger.add({"a": torch.tensor(5.0), "b": torch.tensor(math.nan)})
-    means, bad = ledger.read()
-    assert means == {"a": 5.0} and bad == {"a": 1, "b": 2}
+    means, bad, steps = ledger.read()
+    assert means == {"a": 5.0} and bad == {"a": 1, "b": 2} and steps == 3
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
@@ -126,3 +126,33 @@ def test_a_module_may_have_no_weights_but_those_with_their_own_rate():
     model = nn.Linear(2, 1, bias=False)
     optimizer = GuardedOptimizer("generator", model, 1e-2, ["loss"], own_lr={model.weight: 0.1})
     assert [group["peak"] for group in optimizer.optimizer.param_groups] == [0.1]
+
+
+def test_a_buffer_that_a_forward_replaces_is_put_back_too():
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.register_buffer("average", torch.zeros(3))
+            self.register_buffer("nothing", None)
+
+        def forward(self, images):
+            self.average = 0.9 * self.average + 0.1 * images.detach().mean(0)
+            return images * self.weight
+
+    model = Averaging()
+    optimizer = GuardedOptimizer("student", model, 1e-2, ["loss"])
+    one_step(model, optimizer, torch.ones(2, 3))
+    one_step(model, optimizer, torch.full((2, 3), math.nan))
+    torch.testing.assert_close(model.average, torch.full((3,), 0.1))
+    one_step(model, optimizer, torch.ones(2, 3))
+    torch.testing.assert_close(model.average, torch.full((3,), 0.19))
+
+
+def test_a_save_from_before_steps_were_counted_is_taken():
+    optimizer = GuardedOptimizer("student", TinyNet(8), 1e-2, ["loss"])
+    one_step(TinyNet(8), optimizer, torch.zeros(4, 1, 8, 8), math.nan)
+    saved = optimizer.state_dict()
+    del saved["skipped"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.ledger.read()[2] == 1

@@ -116,6 +116,12 @@ def test_image_spec_is_read_from_the_teacher():
     assert image_spec(grey, Config()).mean == pytest.approx((sum(resnet.pretrained_cfg["mean"]) / 3,))
 
 
+def test_what_a_module_says_of_its_channels_counts_more_than_a_convolution_in_it():
+    inner = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(2, 8, 3))  # called in another order
+    inner.pretrained_cfg = {"input_size": (2, 8, 8), "mean": (0.5,), "std": (0.5,)}
+    assert image_spec(inner, Config()).channels == 2
+
+
 def test_image_spec_can_be_given_and_must_be_known():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     with pytest.raises(ValueError, match="image_size and channels cannot be read from teacher Sequential"):

@@ -15,7 +15,7 @@ from torch import nn
 
 from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
-from vitkd_fast.run import FILES, RunFolder, image_grid, unstoppable
+from vitkd_fast.run import FILES, SAVED, RunFolder, image_grid, unstoppable
 
 QUICK = {"method": "adversarial", "batch_size": 16, "width": 16, "latent": 16, "log_every": 5, "progress": False}
 
@@ -234,6 +234,46 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
     second.close()
 
 
+def test_what_another_run_left_meanwhile_is_kept(tmp_path):
+    asked = {"teacher": "a", "student": "b", "settings": {}}
+    for left in ("report.json", SAVED):
+        for resume in (False, True):
+            waiting = RunFolder(tmp_path, overwrite=False, resume=resume)
+            (tmp_path / left).write_text("mine")
+            with pytest.raises(FileExistsError, match="holds a"):
+                waiting.start(asked)
+            waiting.close()
+            assert (tmp_path / left).read_text() == "mine"
+            (tmp_path / left).unlink()
+    RunFolder(tmp_path, overwrite=False).start(asked)
+
+
+def test_an_entry_that_cannot_be_written_leaves_the_folder_locked(tmp_path):
+    asked = {"teacher": "a", "student": "b", "settings": {}}
+    first = RunFolder(tmp_path, overwrite=False)
+    first.start(asked)
+    with pytest.warns(UserWarning, match="the run goes on"):
+        first.log({"loss": object()})
+    first.log({"loss": 1.0})
+    with pytest.raises(FileExistsError, match="by a run that has not ended"):
+        RunFolder(tmp_path, overwrite=True).start(asked)
+    first.close()
+    RunFolder(tmp_path, overwrite=True).start(asked)
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_that_is_in_the_way(tmp_path, monkeypatch):
+    def cut_off(path, text, **_):
+        with path.open("w") as file:
+            file.write(text[:5])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", cut_off)
+    with pytest.raises(OSError, match="No space left"):
+        distill(tiny_teacher(), tiny_student(), steps=3, out=tmp_path, **QUICK)
+    monkeypatch.undo()
+    assert distill(tiny_teacher(), tiny_student(), steps=3, out=tmp_path, **QUICK).saved
+
+
 def test_a_folder_that_is_gone_is_made_again(tmp_path):
     out, asked = tmp_path / "run", []
 
@@ -255,7 +295,7 @@ def test_without_its_student_a_run_is_not_called_finished(tmp_path, monkeypatch)
     monkeypatch.setattr(RunFolder, "_write_student", full)
     with pytest.warns(UserWarning, match="No space left"):
         result = distill(tiny_teacher(), tiny_student(), steps=5, out=tmp_path, **QUICK)
-    assert result.report.status == "completed" and not (tmp_path / "report.json").exists()
+    assert result.report.status == "completed" and not (tmp_path / "report.json").exists() and not result.saved
 
 
 def test_warnings_that_are_errors_end_no_run(tmp_path, monkeypatch):

@@ -395,3 +395,17 @@ def test_dropped_patches_have_no_mirror_image():
 def test_what_a_drawing_cannot_learn_is_refused(method, learn_latent, message):
     with pytest.raises(ValueError, match=message):
         make(*vits(), method=method, generator="procedural", learn_latent=learn_latent)
+
+
+def test_what_is_set_in_vain_is_noted():
+    networks, vain = (tiny_teacher(), tiny_student()), {"robust": True, "restart": "round", "generator_lr": 0.1}
+    notes = make(*networks, method="best", **vain).pair.notes
+    for name in ("robust", "restart", "generator_lr"):
+        assert f"{name} is off: the generator does not learn" in notes
+    notes = make(*networks, method="best", replay=0.5, latent_lr=0.1).pair.notes
+    assert "replay is off: it goes with images='fresh'; images is 'pool'" in notes
+    assert "latent_lr is off: learn_latent is False" in notes
+    for method in ("adversarial", "cmi"):
+        assert not [note for note in make(*vits(), method=method, robust=True).pair.notes if "robust" in note]
+    with pytest.raises(ValueError, match=r"images is 'round', .* generator 'procedural' learns nothing; set"):
+        make(*networks, method="best", images="round", candidates=1, balanced=False)

@@ -13,9 +13,10 @@ GENERIC = re.compile(r"LABEL_\d+|N/?A|")  # what transformers calls a class that
 def names_of(model: Any) -> list[str] | None:
     """Of label 0, 1, …; None where the model does not name its classes."""
     known = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
+    known = {int(label): name for label, name in known.items()}  # of a JSON read as it is the labels are text
     if all(GENERIC.fullmatch(str(name)) for name in known.values()):
         return None
-    return [str(known.get(label, "")) for label in range(max(map(int, known)) + 1)]
+    return [str(known.get(label, "")) for label in range(max(known) + 1)]
 
 
 def name_classes(teacher: nn.Module, student: nn.Module) -> str | None:

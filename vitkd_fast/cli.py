@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 import shutil
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def distill(
     from vitkd_fast.distill import distill
 
     result = distill(teacher, student, evaluate=evaluate, **vars(settings))
-    if not (settings.out / "student.safetensors").exists():
+    if not result.saved:
         raise RuntimeError(f"the student could not be saved to {settings.out}: {_rescued(result.student)}")
     if result.report.status == "interrupted":
         raise KeyboardInterrupt
@@ -149,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     Ctrl-C exits with 130, after `distill` has saved what it has.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _refuse_empty(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of few characters is no reason to stop halfway
     try:
@@ -175,6 +177,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """A shell variable that is not set, most likely; as a path it would be the folder one is in."""
+    for before, word in zip(["", *arguments], arguments):
+        if not word or re.fullmatch("--[a-z-]+=", word):
+            print(f"vitkd: {(word or before or 'vitkd').rstrip('=')} is followed by nothing ('').", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def _last(arguments: list[str], setting: str) -> Any:

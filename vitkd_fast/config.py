@@ -187,12 +187,12 @@ class Config:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's float64, which is a float, as Python's, which every file can hold."""
+    """Numpy's numbers, where there is a numpy, as Python's, which every file can hold."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
-    return float(value) if isinstance(value, float) else value
+    return value.item() if type(value).__module__ == "numpy" and value.shape == () else value
 
 
 def _integer(value: Any) -> bool:
@@ -209,10 +209,11 @@ def _numbers(value: Any) -> bool:
 
 _ACCEPTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "steps batch_size generators generator_steps student_steps latent width pool candidates log_every",
+        "steps batch_size generators generator_steps student_steps latent width candidates log_every",
         lambda value: _integer(value) and value >= 1,
         "an integer of at least 1",
     ),
+    ("pool", lambda value: _integer(value) and 1 <= value <= 1 << 24, "an integer from 1 to 16777216"),
     ("life max_skipped evaluate_every", lambda value: _integer(value) and value >= 0, "an integer of at least 0"),
     ("seed", lambda value: _integer(value) and 0 <= value < 1 << 63, "an integer from 0 up to 2^63"),
     (

@@ -51,14 +51,14 @@ class contrast(nn.Module):
         return info_nce(crop, others)
 
     def end_round(self) -> None:
-        """Remember the round's images, in place of the oldest; features that are not finite are left out."""
+        """Remember the round's images, in place of the oldest, but for those whose features are not finite."""
         if self.latest is None:
             return
         latest = self.latest[:REMEMBERED]
         if self.cursor + len(latest) > REMEMBERED:
             self.cursor = 0
         slot = self.bank[self.cursor : self.cursor + len(latest)]
-        slot.copy_(torch.where(latest.isfinite().all(), latest, slot))
+        slot.copy_(torch.where(latest.isfinite().all(1, keepdim=True), latest, slot))
         self.cursor += len(latest)
         self.count = max(self.count, self.cursor)
         self.latest = None

@@ -66,7 +66,7 @@ def demo(
     """
     start = time.perf_counter()
     say = print if progress else lambda *_: None
-    replaces = ready(steps, json, out)
+    replaces = ready(steps, seed, json, out)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         (images, labels), held = digits()
@@ -90,9 +90,11 @@ def demo(
         if result.report.status == "interrupted":
             raise KeyboardInterrupt
         say(f"The same student on Gaussian noise, {steps:,} steps …")
-        distill(
+        noise = distill(
             teacher, noise_student, method="noise", steps=steps, batch_size=BATCH_SIZE, seed=seed, progress=progress
         )
+        if noise.report.status == "interrupted":
+            raise KeyboardInterrupt
     figures = Figures(
         teacher_accuracy=accuracy(teacher, *held),
         student_accuracy=accuracy(result.student, *held),
@@ -109,9 +111,9 @@ def demo(
     return figures
 
 
-def ready(steps: int, json: Path | None, out: Path | None) -> bool:
+def ready(steps: int, seed: int, json: Path | None, out: Path | None) -> bool:
     """Refuse, before anything is trained, what would be refused after; whether `out` has a finished run to replace."""
-    Config(steps=steps)
+    Config(steps=steps, seed=seed)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.open("a", encoding="utf-8").close()

@@ -20,6 +20,7 @@ from vitkd_fast.memory import kept_between_steps
 from vitkd_fast.models import default_device, frozen
 from vitkd_fast.muon import hidden_matrices
 from vitkd_fast.objectives import GENERATOR_OBJECTIVES, STUDENT_OBJECTIVES, Scene, Terms, check_names
+from vitkd_fast.ops._precise import without_autocast
 from vitkd_fast.pair import Pair, make_pair, resolved
 from vitkd_fast.report import Report, versions
 from vitkd_fast.resume import Saves
@@ -43,6 +44,8 @@ class Result:
     """One entry per log point: step, the mean of each loss term, agreement, images_per_second, skipped; and evaluated,
     the report's figures so far, where `evaluate_every` asks for them."""
     report: Report
+    saved: bool = False
+    """Whether the student is in `out`."""
 
 
 def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any = None, **options: Any) -> Result:
@@ -96,7 +99,7 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
     folder = RunFolder(config.out, config.overwrite, config.resume)
     device = default_device(config.device, teacher, student)
     memory = kept_between_steps() if device.type == "cpu" else contextlib.nullcontext()
-    with memory, _random_kept(device), torch.inference_mode(False), torch.enable_grad():
+    with memory, _random_kept(device), torch.inference_mode(False), torch.enable_grad(), without_autocast(device):
         _seed(config.seed, device)
         loaded = task.load_teacher(teacher, config).to(device)
         with frozen(loaded):
@@ -213,6 +216,9 @@ def _distill(
         raise
 
     log.close()
+    for part in (synthesis.learner, learner):
+        if part:
+            part.finish()
 
     student.eval()
     with unstoppable():
@@ -244,7 +250,7 @@ def _distill(
             print(report, flush=True)
     if failure:
         raise failure
-    return Result(student, generator, log.history, report)
+    return Result(student, generator, log.history, report, kept)
 
 
 @torch.no_grad()

@@ -22,26 +22,30 @@ class NonFiniteError(RuntimeError):
 
 
 class Ledger:
-    """Sums of named scalars and counts of their non-finite values, on the device until `read`."""
+    """Sums of named scalars, counts of their non-finite values and of steps with any, on the device until `read`."""
 
     def __init__(self, names: Iterable[str], device: torch.device) -> None:
         self.names = tuple(names)
         # Rows: sums and counts of the finite values since the last read; counts of the others since the start.
         self.table = torch.zeros(3, len(self.names), device=device)
+        self.skipped = torch.zeros((), device=device)
 
     def add(self, values: dict[str, Tensor]) -> Tensor:
         """Book one step's scalars; returns a 0/1 tensor: 1 when any of them is not finite."""
         row = torch.stack([values[name].detach() for name in self.names])  # promotes to one dtype
         finite = row.isfinite()
         self.table += torch.stack([row.where(finite, 0), finite.float(), 1 - finite.float()])
-        return 1 - finite.all().float()
+        bad = 1 - finite.all().float()
+        self.skipped += bad
+        return bad
 
-    def read(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Means of what was finite since the last read, non-finite counts since the start. Here the host waits."""
+    def read(self) -> tuple[dict[str, float], dict[str, int], int]:
+        """Means of what was finite since the last read; since the start, non-finite counts and steps with any. Here the
+        host waits."""
         sums, counts, bad = self.table.tolist()
         self.table[:2] = 0
         means = {name: total / count for name, total, count in zip(self.names, sums, counts, strict=True) if count}
-        return means, {name: int(count) for name, count in zip(self.names, bad, strict=True) if count}
+        return means, {name: int(n) for name, n in zip(self.names, bad, strict=True) if n}, int(self.skipped)
 
 
 class GuardedOptimizer:
@@ -78,8 +82,8 @@ class GuardedOptimizer:
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
         if not self.weights:
             raise ValueError(f"{type(module).__name__} has no weight with requires_grad=True, so it cannot learn.")
-        self.buffers = list(module.buffers())
-        self.kept_buffers = [buffer.clone() for buffer in self.buffers]
+        self.owners = _owners_of_buffers(module)
+        self.kept_buffers = [buffer.clone() for buffer in self._buffers()]
         self.clip = clip
         self.gradient = f"{name}_gradient"
         self.ledger = Ledger([*terms, self.gradient], self.weights[0].device)
@@ -108,11 +112,19 @@ class GuardedOptimizer:
         self.optimizer.grad_scale = (norm / self.clip).clamp_(min=1) if self.clip else None
         self.optimizer.step()
         self.muon.step(one_cycle(progress, self.lr), bad, self.optimizer.grad_scale)
-        if self.buffers:
-            back = bad > 0
-            pairs = zip(self.kept_buffers, self.buffers, strict=True)
-            self.kept_buffers = [torch.where(back, kept, buffer) for kept, buffer in pairs]
-            torch._foreach_copy_(self.buffers, self.kept_buffers)
+        if self.owners:
+            back, buffers = bad > 0, self._buffers()
+            self.kept_buffers = [torch.where(back, *pair) for pair in zip(self.kept_buffers, buffers, strict=True)]
+            torch._foreach_copy_(buffers, self.kept_buffers)
+
+    def _buffers(self) -> list[Tensor]:
+        """As they are now: a forward may put another tensor in a buffer's place."""
+        return [buffers[name].detach() for buffers, name in self.owners]
+
+    def finish(self) -> None:
+        """Leave no gradients behind."""
+        for weight in self.weights:
+            weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, the module's weights included."""
@@ -121,14 +133,26 @@ class GuardedOptimizer:
             "optimizer": self.optimizer.state_dict(),
             "momenta": self.muon.momenta,
             "ledger": self.ledger.table,
+            "skipped": self.ledger.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.muon.momenta = state["momenta"]
-        self.kept_buffers = [buffer.clone() for buffer in self.buffers]
+        self.kept_buffers = [buffer.clone() for buffer in self._buffers()]
         self.ledger.table = state["ledger"]
+        self.ledger.skipped = state.get("skipped", state["ledger"][2].max())  # of before steps were counted
+
+
+def _owners_of_buffers(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where each buffer stands, shared ones once."""
+    found: dict[Tensor, tuple[dict[str, Any], str]] = {}
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                found.setdefault(buffer, (part._buffers, name))
+    return list(found.values())
 
 
 def one_cycle(progress: float, peak: float) -> float:

@@ -92,7 +92,7 @@ def image_spec(teacher: nn.Module, config: Config) -> ImageSpec:
     """
     cfg = _cfg(teacher)
     size = config.image_size or _own_size(teacher) or tuple(cfg.get("input_size") or ())[1:]
-    channels = config.channels or _input_channels(teacher) or next(iter(cfg.get("input_size") or ()), None)
+    channels = config.channels or _input_channels(teacher)
     if not size or not channels:
         missing = " and ".join(name for name, known in (("image_size", size), ("channels", channels)) if not known)
         raise ValueError(
@@ -323,7 +323,11 @@ def _config_of_transformers(model: nn.Module) -> dict[str, Any]:
 
 
 def _input_channels(model: nn.Module) -> int | None:
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    said = next(iter(_cfg(model).get("input_size") or ()), None)
+    found = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    # With in_chans= timm changes the network alone, whose first convolution is the first that it has.
+    timms = type(unwrapped(model)).__module__.startswith("timm.")
+    return found or said if timms else said or found
 
 
 def _per_channel(name: str, given: tuple | None, known: tuple, channels: int) -> tuple[float, ...]:

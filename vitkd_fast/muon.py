@@ -77,8 +77,8 @@ def has_bfloat16_products() -> bool:
 
 
 def hidden_matrices(model: nn.Module, channels: int, outputs: Collection[int]) -> list[Tensor]:
-    """The weights that Muon is for: of Linear and convolutions, but for those that take images and those that
-    answer, which are as wide as one of the `outputs`.
+    """The weights that Muon is for: of Linear and convolutions, but for convolutions of images, which have so many
+    `channels`, and for what answers, which is as wide as one of the `outputs`.
 
     Rows are outputs; a convolution's columns are all inputs of an output. Grouped convolutions are left out: the rows
     of their matrices have different inputs.

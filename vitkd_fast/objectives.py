@@ -4,7 +4,7 @@ An objective of your own is one registered function of a `Scene`, or an nn.Modul
 
     @generator_objective("student")
     def uncertain(scene):
-        return -F.softmax(scene.student.logits, dim=-1).amax(-1).mean()
+        return F.softmax(scene.student.logits, dim=-1).amax(-1).mean()
 
 and then `distill(…, generator_objectives={"uncertain": 0.1})`. A module may also have
 
@@ -91,7 +91,10 @@ class Objective:
 
 GENERATOR_OBJECTIVES: dict[str, Objective] = {}
 STUDENT_OBJECTIVES: dict[str, Objective] = {}
-LOGGED = ("step", "agreement", "images_per_second", "skipped")  # what else stands beside the terms in a log entry
+LOGGED = (  # what else stands beside the terms in a log entry
+    *("step", "agreement", "images_per_second", "skipped", "evaluated"),
+    *("student_gradient", "generator_gradient"),
+)
 
 
 def generator_objective(*needs: Need) -> Callable[[Given], Given]:

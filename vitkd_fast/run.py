@@ -37,12 +37,15 @@ class RunFolder:
 
     def __init__(self, folder: Path | None, overwrite: bool, resume: bool = False) -> None:
         self.folder = None if folder is None else folder.absolute()  # wherever the caller goes meanwhile
+        self.overwrite = overwrite
         self.metrics: IO[str] | None = None
-        if folder is None:
-            return
-        _check_writable(folder)
-        if overwrite:
-            return
+        self.logs = True
+        if folder is not None:
+            _check_writable(folder)
+            if not overwrite:
+                self._check_free(folder, resume)
+
+    def _check_free(self, folder: Path, resume: bool = False) -> None:
         if (folder / SAVED).exists():
             if not resume:
                 raise FileExistsError(
@@ -70,7 +73,7 @@ class RunFolder:
         """Write down what this run was asked, and its history if it goes on; if not, clear away an earlier run.
 
         Raises:
-            FileExistsError: another run is writing there.
+            FileExistsError: another run is writing there, or has meanwhile.
         """
         if self.folder is None:
             return
@@ -78,6 +81,8 @@ class RunFolder:
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._lock(self.metrics)
         if history is None:
+            if not self.overwrite:
+                self._check_free(self.folder)  # another run may have come and gone since
             for name in (*FILES, *PRETRAINED, SAVED):
                 if name != "metrics.jsonl":
                     (self.folder / name).unlink(missing_ok=True)
@@ -98,15 +103,16 @@ class RunFolder:
             pass
 
     def log(self, entry: dict[str, Any]) -> None:
-        if self.metrics and not self._written(self._write_entry, entry):
-            self.metrics = None
+        if self.metrics and self.logs:
+            self.logs = self._written(self._write_entry, entry)
 
     def close(self) -> None:
         """Leave the folder to others."""
         if self.metrics:
             with contextlib.suppress(OSError):  # a loader's workers, which have the file too, would keep the lock
                 fcntl.flock(self.metrics, fcntl.LOCK_UN)
-            self.metrics.close()
+            with contextlib.suppress(OSError):  # an entry that could not be written
+                self.metrics.close()
             self.metrics = None
 
     def keep(self, student: nn.Module) -> bool:
@@ -142,7 +148,8 @@ class RunFolder:
         from safetensors.torch import save_model
 
         metadata = {"format": "pt"}  # transformers looks for it
-        save_model(unwrapped(student), str(folder / "student.safetensors"), metadata=metadata)
+        with _draft(folder / "student.safetensors") as draft:
+            save_model(unwrapped(student), str(draft), metadata=metadata)
 
     def _write_pretrained(self, folder: Path, student: Any) -> None:
         weights = folder / PRETRAINED[1]
@@ -158,7 +165,21 @@ class RunFolder:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.folder:
-            (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            with _draft(self.folder / name) as draft:
+                draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at `path` whole or not at all."""
+    draft = path.with_name(f"{path.name}.new")
+    try:
+        yield draft
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
 
 
 def _check_writable(folder: Path) -> None:
@@ -245,10 +266,12 @@ class Log:
     def read(self, figures: dict[str, Any] | None = None) -> None:
         unread = self.steps - (self.history[-1]["step"] if self.history else 0)
         means: dict[str, float] = {}
+        skipped = 0  # of the generator's steps or the student's, whichever are more
         for ledger in self.ledgers:
-            values, bad = ledger.read()
+            values, bad, steps = ledger.read()
             means |= values
             self.skipped |= bad
+            skipped = max(skipped, steps)
         now = time.perf_counter()
         speed = unread * self.config.batch_size / (now - self.last)
         self.last = now
@@ -256,7 +279,7 @@ class Log:
             "step": self.steps,
             **means,
             "images_per_second": speed,
-            "skipped": max(self.skipped.values(), default=0),
+            "skipped": skipped,
             **({"evaluated": figures} if figures else {}),
         }
         self.history.append(entry)

@@ -13,6 +13,7 @@ from vitkd_fast.config import Config
 from vitkd_fast.detection import scene_generator  # noqa: F401  it registers
 from vitkd_fast.generator import GENERATORS, Generator, GeneratorSettings, Several
 from vitkd_fast.guard import PEAK, GuardedOptimizer
+from vitkd_fast.methods import settings_of
 from vitkd_fast.models import frozen
 from vitkd_fast.objectives import Scene, Terms
 from vitkd_fast.pair import Pair
@@ -21,6 +22,7 @@ from vitkd_fast.sparse import LivePatches
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 LEAST_FOUND = 0.1  # of a class at least this part of an equal share is taken as found
+OF_LEARNING = ("generator_steps", "restart", "life", "robust", "jitter", "keep_patches", "generator_lr")
 META_RATE = 0.5  # how far the weights that rounds start from move to where a round ended (Nichol et al. 2018, Reptile)
 
 
@@ -47,6 +49,7 @@ class Synthesis:
         learns += [nn.ParameterList([self.latent])] if config.learn_latent else []
         self.learner: GuardedOptimizer | None = None
         _check_learning(self.generator, self.terms, config)
+        pair.notes += _idle(config, learns=bool(self.terms.names))
         if self.terms.names:
             self.learner = GuardedOptimizer(
                 "generator",
@@ -300,6 +303,27 @@ def _check_learning(generator: Generator, terms: Terms, config: Config) -> None:
             f"generator {config.generator!r} has nothing to minimise under method {config.method!r}; give "
             f"generator_objectives, or a method whose generator learns, such as 'adversarial'."
         )
+
+
+def _idle(config: Config, learns: bool) -> list[str]:
+    """What is set beside the method and does nothing.
+
+    Raises:
+        ValueError: without a generator that learns the student would not see what was asked for.
+    """
+    if config.images == "round" and not learns:
+        raise ValueError(
+            f"images is 'round', the batch that a round improved, and generator {config.generator!r} learns nothing; "
+            f"set images='fresh' or 'pool'."
+        )
+    of_method = settings_of(config.method, config.task)
+    changed = [name for name in of_method if getattr(config, name) != of_method[name]]
+    notes = [f"{name} is off: the generator does not learn" for name in changed if name in OF_LEARNING and not learns]
+    if "replay" in changed and config.images != "fresh":
+        notes.append(f"replay is off: it goes with images='fresh'; images is {config.images!r}")
+    if "latent_lr" in changed and not config.learn_latent:
+        notes.append("latent_lr is off: learn_latent is False")
+    return notes
 
 
 def _learns_from_noise(generator: Generator, count: int) -> bool:

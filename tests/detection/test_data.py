@@ -189,6 +189,7 @@ def test_a_byte_order_mark_is_no_part_of_it(drones):
         ({"category_id": 4}, "annotation 1 is of category 4; categories: 3, 7"),
         ({"bbox": [1, 2, 3]}, r"annotation 1 has bbox \[1, 2, 3\]; accepted: \[left, top, width, height\]"),
         ({"bbox": None}, "annotation 1 has bbox None"),
+        ({"bbox": "1234"}, "annotation 1 has bbox '1234'"),
         ({"bbox": [1, 2, -3, 4]}, r"annotation 1 has bbox \[1, 2, -3, 4\]"),
         ({"bbox": [1, 2, "nan", 4]}, r"annotation 1 has bbox \[1, 2, 'nan', 4\]"),
         ({"image_id": [1]}, r"annotation 1 is of image \[1\]"),
@@ -277,6 +278,8 @@ def test_yolo_with_texts_beside_the_images(tmp_path):
     [
         ("0 0.5 0.5 0.5", r"a.txt:2: '0 0.5 0.5 0.5' cannot be read; accepted: label, centre x"),
         ("0 0.5 0.5 0.5 0.5 0.9", "a.txt:2: .* cannot be read"),
+        ("0", "a.txt:2: '0' cannot be read"),
+        ("0 0.5 0.5 0.5 0.5 0.5 0.5 0.5 0.5", "a.txt:2: .* cannot be read"),
         ("drone 0.5 0.5 0.5 0.5", "a.txt:2: .* cannot be read"),
         ("0.5 0.5 0.5 0.5 0.5", "a.txt:2: .* the label a whole number"),
         ("nan 0.5 0.5 0.5 0.5", "a.txt:2: .* cannot be read"),
@@ -316,3 +319,25 @@ def test_what_is_not_there_or_not_yolo(tmp_path):
         (tmp_path / "data.yaml").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_scenes(tmp_path, SIZE)
+
+
+@pytest.mark.parametrize("size", [-8, 0.5, "wide", float("inf")])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="accepted: pixels"):
+        read_scenes(coco(tmp_path, [{**IMAGES[0], "width": size}], ANNOTATIONS[:1]), SIZE)
+
+
+def test_crowds_are_1(tmp_path):
+    picture(tmp_path / "a.png")
+    marked = [{**ANNOTATIONS[0], "iscrowd": mark} for mark in (1, "0", "1", 0, None)]
+    scenes = read_scenes(coco(tmp_path, IMAGES[:1], marked), SIZE)
+    assert (len(scenes.objects[0].labels), len(scenes.crowds[0].labels)) == (3, 2)
+
+
+def test_names_that_are_numbers_are_text(tmp_path):
+    picture(tmp_path / "a.png")
+    named = [{**category, "name": 5 + index} for index, category in enumerate(CATEGORIES)]
+    assert list(read_scenes(coco(tmp_path, IMAGES[:1], ANNOTATIONS[:1], named), SIZE).classes) == ["6", "5"]
+    with pytest.raises(ValueError, match="every category needs an id and a name"):
+        read_scenes(coco(tmp_path, IMAGES[:1], ANNOTATIONS[:1], [{**CATEGORIES[0], "name": None}]), SIZE)

@@ -67,6 +67,7 @@ def of(image=None, some=None):
     ("data", "error", "message"),
     [
         (3, TypeError, r"evaluate is a int; accepted: Scenes"),
+        ("", ValueError, "evaluate is ''; accepted"),
         ("/nowhere/at/all", FileNotFoundError, r"evaluate is '/nowhere/at/all', which is not there; accepted"),
         ([], ValueError, "no object in its 0 images"),
         ([of(some=no_objects())], ValueError, "no object in its 1 images"),

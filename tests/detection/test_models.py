@@ -19,6 +19,14 @@ def test_a_teacher_comes_from_a_folder_with_its_weights(tmp_path):
         assert torch.equal(load_teacher(str(tmp_path), Config(task="detection"))(images).logits, saved(images).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_was_saved_in_half_precision_is_loaded_in_single(tmp_path, dtype):
+    yolos().to(dtype).save_pretrained(tmp_path)
+    spec = ImageSpec(SIZE, SIZE, (0.5,), (0.5,))
+    for model in (load_teacher(str(tmp_path), Config(task="detection")), create_student(str(tmp_path), spec, 3)):
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
 def test_a_folder_without_a_detectors_heads_is_refused(tmp_path):
     yolos().vit.save_pretrained(tmp_path)
     with pytest.raises(

@@ -69,6 +69,9 @@ def test_names_of_models():
     assert names_of(named("cat", "dog")) == ["cat", "dog"]
     assert names_of(named("LABEL_0", "LABEL_1")) is None
     assert names_of(nn.Linear(1, 1)) is None
+    read_as_it_is = named("cat", "dog")
+    read_as_it_is.config.id2label = {"0": "cat", "1": "dog"}
+    assert names_of(read_as_it_is) == ["cat", "dog"]
 
 
 def test_a_new_student_calls_its_classes_as_its_teacher_does():

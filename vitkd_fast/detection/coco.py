@@ -68,13 +68,15 @@ def read_coco(
             continue
         height, width = here[entry["image_id"]]
         try:
-            x, y, w, h = (float(number) for number in entry.get("bbox", ()))
+            if not isinstance(entry.get("bbox"), list):
+                raise TypeError
+            x, y, w, h = map(float, entry["bbox"])
             if not (math.isfinite(x + y) and 0 <= w < math.inf and 0 <= h < math.inf):
                 raise ValueError
         except (TypeError, ValueError):
             raise ValueError(f"{which} has bbox {entry.get('bbox')!r}; accepted: [left, top, width, height].") from None
         box = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
-        found[entry["image_id"], bool(entry.get("iscrowd"))].append((box, label))
+        found[entry["image_id"], entry.get("iscrowd") in (1, "1")].append((box, label))
     objects, crowds = ([_objects(found[image["id"], crowd]) for image in content["images"]] for crowd in (False, True))
     return Scenes(pixels, objects, names, sizes, crowds)
 
@@ -127,8 +129,11 @@ def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     if not height or not width:
         return None
     try:
-        return int(height), int(width)
-    except (TypeError, ValueError):
+        size = int(height), int(width)
+        if min(size) < 1:
+            raise ValueError
+        return size
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"image {image['file_name']} is {height!r} high and {width!r} wide; accepted: pixels."
         ) from None
@@ -138,12 +143,14 @@ def _labels(
     annotations: Path, categories: list[dict[str, Any]], classes: Sequence[str] | None
 ) -> tuple[list[str], dict[Any, int | None]]:
     """The classes' names, and each category's label: None where its objects are left out."""
-    if any(not _is_id(category.get("id")) or "name" not in category for category in categories):
+    if any(not _is_id(category.get("id")) or not _is_id(category.get("name")) for category in categories):
         raise ValueError(f"{annotations}: every category needs an id and a name.")
     _refuse_twins(annotations, "categories", categories)
     if len({type(category["id"]) for category in categories}) > 1:
         raise ValueError(f"{annotations}: the ids of its categories are partly numbers, partly text; make them one.")
-    known = {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
+    known = {
+        category["id"]: str(category["name"]) for category in sorted(categories, key=lambda category: category["id"])
+    }
     if classes is None:
         return list(known.values()), {key: label for label, key in enumerate(known)}
     for name in classes:

@@ -72,7 +72,7 @@ def demo(
     """
     start = time.perf_counter()
     say: Callable[..., None] = print if progress else lambda *_: None
-    replaces = ready(steps, json, out)
+    replaces = ready(steps, seed, json, out)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         known, held = composers(SPEC.height)

@@ -105,7 +105,7 @@ def assign(cost: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     # A student that is no longer finite is the guard's to deal with; the solver would raise.
     table = torch.nan_to_num(packed[:, :-1], nan=0.0, posinf=1e9, neginf=-1e9).numpy()
     looked_for = packed[:, -1].numpy() > 0
-    answer = torch.zeros(2, batch, objects, dtype=torch.int64)
+    answer = torch.zeros(2, batch, objects, dtype=torch.int64, device="cpu")
     queries, found = answer.numpy()
     for image in range(batch):
         columns = looked_for[image].nonzero()[0]

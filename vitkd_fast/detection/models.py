@@ -32,6 +32,7 @@ def load_teacher(teacher: nn.Module | str, config: Config) -> nn.Module:
     except Exception as error:  # hub, network and file errors share no base class
         raise RuntimeError(f"No detector {teacher!r}: {_first_line(error)}. {ACCEPTED}") from error
     model, info = loaded
+    model.float()  # weights may be saved in half precision
     if lacking := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
         raise RuntimeError(
             f"{teacher!r} has no weights of a detector for {', '.join(lacking[:3])}{', …' * (len(lacking) > 3)}: they "
@@ -65,7 +66,7 @@ def create_student(student: nn.Module | str, spec: ImageSpec, classes: int) -> n
     config.num_labels, config.num_channels = classes, spec.channels
     if hasattr(config, "image_size"):
         config.image_size = [spec.height, spec.width]
-    model: Any = AutoModelForObjectDetection.from_config(config)
+    model: Any = AutoModelForObjectDetection.from_config(config).float()
     tell_apart(model)
     model.pretrained_cfg = {"mean": spec.mean, "std": spec.std}
     return model

@@ -81,6 +81,8 @@ class Detection(Classification):
     def check_evaluation(self, data: Any) -> None:
         """Refuse what `evaluate` cannot use, before the run rather than after it."""
         if isinstance(data, str | Path):
+            if not str(data):
+                raise ValueError(f"evaluate is ''; {ACCEPTED}.")
             if not Path(data).exists():
                 raise FileNotFoundError(f"evaluate is {str(data)!r}, which is not there; {ACCEPTED}.")
         elif data is not None and not isinstance(data, Scenes | Sequence):

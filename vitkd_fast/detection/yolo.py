@@ -107,8 +107,8 @@ def _objects(text: Path, names: list[str] | None) -> tuple[torch.Tensor, list[in
         where = f"{text}:{number}: {line.strip()!r}"
         try:
             label, *box = (float(word) for word in line.split())
-            one = Objects(torch.tensor([box]).view(-1, 4), torch.tensor([int(label)]))
-            if label != int(label):
+            one = Objects(torch.tensor([box]), torch.tensor([int(label)]))
+            if label != int(label) or len(box) != 4:
                 raise ValueError
         except (ValueError, RuntimeError, OverflowError):
             raise ValueError(
