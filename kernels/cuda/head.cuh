@@ -198,6 +198,10 @@ __device__ __forceinline__ float raise(const Scores<kTiles>& scores, int row, fl
   return now;
 }
 
+// Up to here, largest · factor rounds by less than a weight of bfloat16 does, so that exponents may come by one fma each.
+// Far beyond it, it rounds by more than an exponent can be.
+constexpr float kFusable = 1 << 14;
+
 // A part of a strip's scores becomes weights, left operands for `out`, which has the earlier parts' output, if there
 // are any. kFused: by one fma each, which is as good only where the largest weight rounds to 1 all the same.
 template <class T, bool kEarlier, bool kFused, int kTiles, int kColumns>
@@ -207,17 +211,21 @@ __device__ __forceinline__ void weigh(uint32_t (&weights)[kTiles][4], const Scor
   for (int row = 0; row < 2; ++row) {
     const float now = raise<kEarlier>(scores, row, factor, shift, sum, out);
     const float scaled = fmaxf(now * factor, kLowest);
-    const auto weight = [&](float score) {
-      return fast_exp2(kFused ? fmaf(score, factor, -scaled) : (score - now) * factor);
-    };
+    const auto exponentiate = [&](auto fused) {
+      const auto weight = [&](float score) {
+        return fast_exp2(decltype(fused)::value ? fmaf(score, factor, -scaled) : (score - now) * factor);
+      };
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const float (&four)[4] = scores[i / 2][i % 2];
-      const float left = weight(four[2 * row]), right = weight(four[2 * row + 1]);
-      sum[row] += left;
-      sum[row] += right;
-      weights[i / 2][i % 2 * 2 + row] = pack<T>(left, right);
-    }
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const float (&four)[4] = scores[i / 2][i % 2];
+        const float left = weight(four[2 * row]), right = weight(four[2 * row + 1]);
+        sum[row] += left;
+        sum[row] += right;
+        weights[i / 2][i % 2 * 2 + row] = pack<T>(left, right);
+      }
+    };
+    if (kFused && fabsf(scaled) < kFusable) exponentiate(std::true_type{});
+    else exponentiate(std::false_type{});
   }
 }
 
@@ -226,14 +234,18 @@ template <class T, int kTiles>
 __device__ __forceinline__ void softmax(uint32_t (&weights)[kTiles][4], Scores<kTiles>& scores, float factor) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float shift = largest(scores, row) * factor;
+    const float peak = largest(scores, row), shift = peak * factor;
     float sum = 0;
+    const auto exponentiate = [&](auto fused) {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-      float& score = scores[i / 4][i / 2 % 2][2 * row + i % 2];
-      score = fast_exp2(fmaf(score, factor, -shift));
-      sum += score;
-    }
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        float& score = scores[i / 4][i / 2 % 2][2 * row + i % 2];
+        score = fast_exp2(decltype(fused)::value ? fmaf(score, factor, -shift) : (score - peak) * factor);
+        sum += score;
+      }
+    };
+    if (fabsf(shift) < kFusable) exponentiate(std::true_type{});
+    else exponentiate(std::false_type{});
     const float inverse = reciprocal(quad_sum(sum));
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {

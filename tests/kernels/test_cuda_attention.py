@@ -132,6 +132,18 @@ def test_scale_zero_is_a_mean(cuda, scale, head_dim, dtype):
     assert_both_accurate(cuda, qkv, grad_out, scale)
 
 
+@both
+@pytest.mark.parametrize("tokens, head_dim", ((17, 64), (65, 32), (65, 64), (197, 64)))
+def test_scores_far_beyond_what_their_exponentials_can_hold(cuda, tokens, head_dim, warpgroups):
+    """Around 1e12, and 3e9, where it begins: the largest, rounded, is off by more than an exponential can be."""
+    cuda.warpgroups = warpgroups
+    for spread in (1e12, 1e9):
+        qkv, grad_out, scale = inputs(tokens, 2, head_dim, torch.bfloat16, spread=spread)
+        expected = attention_formula(qkv.float(), scale)
+        torch.testing.assert_close(cuda.attention(qkv, scale).float(), expected, atol=1e-5, rtol=0.01)
+        assert cuda.attention_backward(grad_out, qkv, scale).isfinite().all()
+
+
 def test_more_tokens_than_one_chunk_of_statistics(cuda):
     assert_both_accurate(cuda, *inputs(1030, 1, 8, torch.bfloat16))
 

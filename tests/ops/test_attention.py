@@ -384,13 +384,14 @@ def test_where_the_rows_lie_changes_no_bit():
     assert torch.equal(torch.ops.vitkd.attention_backward(one_grad, one, 0.125), grad[:, :, :, 3:4])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [17, 65, 197])
-def test_scores_far_beyond_what_their_exponentials_can_hold(tokens, dtype):
+def test_scores_far_beyond_what_their_exponentials_can_hold(tokens, dtype, device):
     """Around 1e12: the largest, rounded, is off by more than an exponential can make up for."""
     qkv = torch.randn(1, tokens, 3, 2, 64, generator=torch.Generator().manual_seed(0))
     qkv[:, :, :2] *= 1e6
-    qkv = qkv.to(dtype).requires_grad_()
+    qkv = qkv.to(device, dtype).requires_grad_()
     out, expected = attention(qkv), attention_formula(qkv.float(), 0.125)
     torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=0.01)
     assert torch.autograd.grad(out.sum(), qkv)[0].isfinite().all()

@@ -55,6 +55,24 @@ def test_torchs_kernels_get_a_positive_scale(scale, monkeypatch):
     assert len(scales) == 1 and scales[0] >= torch.finfo(torch.float32).tiny
 
 
+def test_more_images_than_torchs_kernels_take_go_in_parts(monkeypatch):
+    qkv = draw(7, 5, 1, 160)
+    whole = run(attention, qkv, 0.3)
+    monkeypatch.setattr(module, "_most_images", lambda _: 3)
+    for one, other in zip(run(attention, qkv, 0.3), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(65_537, 1, 1, 64), (65_537, 2, 1, 136)])
+def test_more_images_than_a_gpu_has_rows_of_blocks(size):
+    qkv = torch.randn(size[0], size[1], 3, *size[2:], device="cuda", dtype=torch.bfloat16)
+    out, grad = run(attention, qkv, 0.1)
+    last_out, last_grad = run(attention, qkv[-3:], 0.1)
+    torch.testing.assert_close(out[-3:], last_out)
+    torch.testing.assert_close(grad[-3:], last_grad)
+
+
 LAYOUTS = {  # of (2, 40, 3, 2, 160), and whether 16 bytes can be loaded at once from where its heads begin
     "plain": (lambda new: new(2, 40, 3, 2, 160), True),
     "offset by one": (lambda new: new(2 * 40 * 960 + 1)[1:].view(2, 40, 3, 2, 160), False),

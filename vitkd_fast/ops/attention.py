@@ -142,12 +142,24 @@ def _by_torch(qkv: Tensor, scale: float) -> Tensor:
     which it lays out a result that it then writes as if it were contiguous."""
     if is_plain(qkv) and not (_loads_by_16_bytes(qkv) if qkv.is_cuda else _is_packed(qkv)):
         qkv = qkv.clone(memory_format=torch.contiguous_format)
+    if is_plain(qkv) and len(qkv) > (most := _most_images(qkv)):
+        return torch.cat([_by_torch(part, scale) for part in qkv.split(most)])
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     if abs(scale) < torch.finfo(torch.float32).tiny:  # FlashAttention hides by -inf before it multiplies by the scale
         query, scale = query * scale, 1.0
     elif scale < 0:
         query, scale = -query, -scale
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2).contiguous()
+
+
+def _most_images(qkv: Tensor) -> int:
+    """How many torch's attention takes at once: FlashAttention has a row of blocks for each, of which a GPU launches
+    65,535, and in backward counts the elements of a tensor padded to 128 tokens and 32 channels in 32 bits."""
+    if not qkv.is_cuda:
+        return len(qkv)
+    _, tokens, _, heads, head_dim = qkv.shape
+    padded = heads * (-(-tokens // 128) * 128) * max(head_dim, 32)
+    return max(1, min(65_535, (2**31 - 1) // padded))
 
 
 def _is_packed(qkv: Tensor) -> bool:
