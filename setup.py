@@ -34,9 +34,7 @@ class NinjaBuild(build_ext):
         targets = {name: Path(self.get_ext_fullpath(f"vitkd_fast.{name}")).resolve() for name in found}
         for target in targets.values():
             target.parent.mkdir(parents=True, exist_ok=True)
-        if (
-            "_C_cuda" not in found
-        ):  # one that an earlier build left in the checkout is of other sources than _facts tells of
+        if "_C_cuda" not in found:  # what an earlier build left in the checkout is not what _facts tells of
             targets["_C_cpu"].with_name("_C_cuda.so").unlink(missing_ok=True)
         native.build(targets, found, folder, verbose=self.verbose > 1)
 

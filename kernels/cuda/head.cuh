@@ -198,8 +198,8 @@ __device__ __forceinline__ float raise(const Scores<kTiles>& scores, int row, fl
   return now;
 }
 
-// Up to here, largest · factor rounds by less than a weight of bfloat16 does, so that exponents may come by one fma each.
-// Far beyond it, it rounds by more than an exponent can be.
+// Up to here largest * factor rounds by less than a weight of bfloat16 does, so exponents may come by one fma each; far
+// beyond it, by more than an exponent can be.
 constexpr float kFusable = 1 << 14;
 
 // A part of a strip's scores becomes weights, left operands for `out`, which has the earlier parts' output, if there
