@@ -156,3 +156,13 @@ def test_a_save_from_before_steps_were_counted_is_taken():
     del saved["skipped"]
     optimizer.load_state_dict(saved)
     assert optimizer.ledger.read()[2] == 1
+
+
+def test_buffers_that_cannot_be_put_back_are_left_alone():
+    model = TinyNet(8)
+    model.register_buffer("spread", torch.zeros(1, 4).expand(3, 4))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    optimizer = GuardedOptimizer("student", model, 1e-2, ["loss"])
+    one_step(model, optimizer, torch.randn(4, 1, 8, 8))
+    one_step(model, optimizer, torch.full((4, 1, 8, 8), math.nan))
+    assert model.norm.running_mean.isfinite().all()

@@ -122,6 +122,14 @@ def test_what_a_module_says_of_its_channels_counts_more_than_a_convolution_in_it
     assert image_spec(inner, Config()).channels == 2
 
 
+def test_channels_of_models_that_make_channels_of_pixels(tmp_path):
+    model = timm.create_model("tresnet_m", num_classes=3)
+    assert image_spec(model, Config(image_size=(64, 64))).channels == 3
+    torch.save(timm.create_model("tresnet_m", num_classes=3, in_chans=1).state_dict(), tmp_path / "one.pt")
+    loaded = load_teacher("tresnet_m", Config(teacher_checkpoint=tmp_path / "one.pt", image_size=(64, 64)))
+    assert loaded(torch.zeros(1, 1, 64, 64)).shape == (1, 3)
+
+
 def test_image_spec_can_be_given_and_must_be_known():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     with pytest.raises(ValueError, match="image_size and channels cannot be read from teacher Sequential"):

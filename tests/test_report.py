@@ -65,3 +65,25 @@ def test_linear_layers_are_counted_accelerated_or_not():
     assert model_facts(model, spec, "mlp").flops == by_hand
     accelerate(model)
     assert model_facts(model, spec, "mlp").flops == by_hand
+
+
+def test_what_cannot_be_counted_is_unknown():
+    class Refusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(64, 5)
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+
+        def forward(self, images):
+            if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+                raise RuntimeError("looked at")
+            return self.head(images.flatten(1))
+
+    facts = model_facts(Refusing(), SPEC, "refusing")
+    assert facts.flops is None and facts.bytes == 4 * 325 + 3 * 4
+
+
+def test_compiled_models_are_counted_as_they_are_written():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    assert model_facts(compiled, SPEC, "it").flops == model_facts(plain, SPEC, "it").flops == 2 * 64 * 5

@@ -384,3 +384,11 @@ def test_a_wrapped_student_is_saved_as_what_is_in_it(tmp_path):
 def test_an_empty_path_is_no_folder():
     with pytest.raises(ValueError, match="out is ''; accepted: a path, None"):
         distill(tiny_teacher(), tiny_student(), steps=3, out="", **QUICK)
+
+
+def test_an_exit_leaves_a_save_and_an_unlocked_folder(tmp_path):
+    student = tiny_student()
+    with pytest.raises(SystemExit) as held:  # which keeps the frames alive
+        distill(failing_teacher(SystemExit(3), at=20), student, steps=100, out=tmp_path, **QUICK)
+    assert held.value.code == 3 and (tmp_path / SAVED).exists() and not student.training
+    assert distill(tiny_teacher(), tiny_student(), steps=3, out=tmp_path, overwrite=True, **QUICK).saved

@@ -249,6 +249,8 @@ def _reason_to_keep(module: Any) -> str | None:
 
 def _foreign_reason(module: nn.Module) -> str:
     name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript runs its own code"
     if "rope" in inspect.signature(type(module).forward).parameters:
         return f"{name} rotates queries and keys (rotary position embedding)"
     if has_position_bias(module):

@@ -76,8 +76,9 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
         RuntimeError: a teacher by name whose weights cannot be had.
         NonFiniteError: more than `max_skipped` steps had a non-finite loss; the message names the term.
 
-    The same seed gives the same student, bit for bit on the CPU. The caller's random state is left as it was. On the
-    CPU, memory that a step frees stays with the process until the run is over (`vitkd_fast/memory.py`).
+    The same seed gives the same student, bit for bit on the CPU with as many threads, unless other threads draw random
+    numbers meanwhile. The caller's random state is left as it was. On the CPU, memory that a step frees stays with the
+    process until the run is over (`vitkd_fast/memory.py`).
     """
     config = Config.of(options)
     task = task_of(config)
@@ -102,7 +103,7 @@ def distill(teacher: nn.Module | str, student: nn.Module | str, *, evaluate: Any
     with memory, _random_kept(device), torch.inference_mode(False), torch.enable_grad(), without_autocast(device):
         _seed(config.seed, device)
         loaded = task.load_teacher(teacher, config).to(device)
-        with frozen(loaded):
+        with frozen(loaded), contextlib.closing(folder):
             return _distill(loaded, student, evaluate, config, device, folder)
 
 
@@ -206,9 +207,8 @@ def _distill(
             pair.notes.append(f"stopped; resume=True (--resume) goes on from {saves.path}")
     except NonFiniteError as error:
         status, failure = "failed", error
-    except Exception as error:
+    except BaseException as error:  # SystemExit, too, as of a handler of signals
         log.bar.close()
-        folder.close()
         student.eval()
         # An earlier save is exact, one in the middle of a step is not.
         if (saves.there() or saves.save()) and hasattr(error, "add_note"):  # Python 3.11
@@ -244,7 +244,6 @@ def _distill(
     # A report is the mark of a finished run, which has a student.
     if kept and folder.finish(lambda: _picture(pair, config, generator), report) and status == "completed":
         saves.discard()
-    folder.close()
     if config.progress:
         with contextlib.suppress(OSError, UnicodeError):  # nobody reads, or no such characters
             print(report, flush=True)

@@ -32,7 +32,7 @@ def evaluate_pair(teacher: nn.Module, student: nn.Module, data: Evaluation, spec
     with torch.no_grad():
         for batch in batches:
             images, labels = (part.to(device) for part in _images_and_labels(batch))
-            logits = [logits_of(model(images)) for model in (teacher, student)]
+            logits = [logits_of(model(images.clone())) for model in (teacher, student)]  # one may write on its copy
             by_teacher, by_student = (each.argmax(-1) for each in logits)
             classes = logits[0].shape[-1]
             unknown = unknown + ((labels < 0) | (labels >= classes)).sum()
@@ -102,7 +102,7 @@ def tried(teacher: nn.Module, data: Any, spec: ImageSpec, device: torch.device) 
             raise ValueError(NOTHING)
         images, labels = _images_and_labels(first)
         with torch.no_grad():
-            classes = logits_of(teacher(images.to(device))).shape[-1]
+            classes = logits_of(teacher(images.to(device).clone())).shape[-1]
         if isinstance(data, str | Path) and len(folders := batches.dataset.classes) != classes:
             raise ValueError(
                 f"evaluate={str(data)!r} has {len(folders)} subfolders, and the teacher knows {classes} classes; each "
@@ -120,12 +120,13 @@ def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     parts = list(batch) if isinstance(batch, Sequence) else [batch]
     if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
         images, labels = parts
-        if images.dim() == 4 and labels.shape == images.shape[:1] and not labels.is_floating_point():
-            return images, labels
+        if images.dim() == 4 and images.is_floating_point() and labels.shape == images.shape[:1]:
+            if not labels.is_floating_point():
+                return images.float(), labels
     given = " and ".join(_named(part) for part in parts) or "nothing"
     raise ValueError(
-        f"evaluate has a batch of {given}; accepted: images (B, channels, height, width) and labels (B,), which are "
-        f"numbers of classes."
+        f"evaluate has a batch of {given}; accepted: images (B, channels, height, width), floats normalised for "
+        f"the teacher, and labels (B,), which are numbers of classes."
     )
 
 

@@ -145,12 +145,17 @@ class GuardedOptimizer:
         self.ledger.skipped = state.get("skipped", state["ledger"][2].max())  # of before steps were counted
 
 
+def _can_be_put_back(buffer: Tensor) -> bool:
+    plain = buffer.layout is torch.strided and not buffer.is_quantized
+    return plain and all(stride or size < 2 for size, stride in zip(buffer.shape, buffer.stride()))  # not expanded
+
+
 def _owners_of_buffers(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where each buffer stands, shared ones once."""
     found: dict[Tensor, tuple[dict[str, Any], str]] = {}
     for part in module.modules():
         for name, buffer in part._buffers.items():
-            if buffer is not None:
+            if buffer is not None and _can_be_put_back(buffer):
                 found.setdefault(buffer, (part._buffers, name))
     return list(found.values())
 

@@ -1,5 +1,6 @@
 """Teacher and student: modules as given, or timm names; what a teacher knows about its images; how both are run."""
 
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -92,7 +93,7 @@ def image_spec(teacher: nn.Module, config: Config) -> ImageSpec:
     """
     cfg = _cfg(teacher)
     size = config.image_size or _own_size(teacher) or tuple(cfg.get("input_size") or ())[1:]
-    channels = config.channels or _input_channels(teacher)
+    channels = config.channels or _input_channels(teacher, size)
     if not size or not channels:
         missing = " and ".join(name for name, known in (("image_size", size), ("channels", channels)) if not known)
         raise ValueError(
@@ -162,6 +163,7 @@ def _features_recorded(model: Any) -> Iterator[list[Any]]:
     seen: list[Any] = []
     method = getattr(model, "forward_features", None)
     base = getattr(model, "base_model", None)
+    base = getattr(model, "vision_model", None) if base is model else base  # as classifiers of SigLIP and CLIP are made
     if method is None and isinstance(base, nn.Module) and base is not model:
         with base.register_forward_hook(lambda module, given, returned: seen.append(_last_hidden_state(returned))):
             yield seen
@@ -216,26 +218,56 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 
     Gradients still flow through to the images: a third of the backward pass, the weights', is not computed.
     """
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    trainable = [weight for model in models for weight in model.parameters() if weight.requires_grad]
+    modes = [(module, getattr(module, "training", None)) for model in models for module in model.modules()]
+    parameters = (weight for model in models for weight in model.parameters())
+    trainable = [weight for weight in parameters if weight.requires_grad and not weight.is_inference()]
+    roots = [(model, getattr(model, "training", None)) for model in models]
     try:
-        for module, _ in modes:
-            module.training = False
+        _set_modes([(root, None if training is None else False) for root, training in roots], modes, False)
         for weight in trainable:
             weight.requires_grad_(False)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        _set_modes(roots, modes)
         for weight in trainable:
             weight.requires_grad_(True)
 
 
+def _set_modes(roots: list, modes: list, every: bool | None = None) -> None:
+    """By train(), where models drop what they keep from pass to pass in eval mode, then each module's as it is to be.
+
+    A frozen model of TorchScript has no mode, an exported one no train().
+    """
+    for root, training in roots:
+        if training is not None:
+            with contextlib.suppress(NotImplementedError):
+                root.train(training)
+    for module, training in modes:
+        if training is not None:
+            module.training = training if every is None else every
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Inside, what torch.compile made of the model or of parts of it runs by its Python code, where hooks are heard."""
+    compiled = any(hasattr(module, "_orig_mod") or _is_compiled(module) for module in model.modules())
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def _from_checkpoint(name: str, path: Path, config: Config) -> nn.Module:
     """The classes and channels are the checkpoint's: its classifier and its first convolution say them."""
-    state, cfg = read_state_dict(path), _cfg(_create(name, config.image_size))
-    head, stem = _entry(state, cfg.get("classifier")), _entry(state, cfg.get("first_conv"))
-    channels = config.channels or (None if stem is None else stem.shape[1])
+    usual = _create(name, config.image_size)
+    state, cfg = read_state_dict(path), _cfg(usual)
+    head = _entry(state, cfg.get("classifier"))
+    stem, of_usual = (_entry(held, cfg.get("first_conv")) for held in (state, usual.state_dict()))
+    channels = config.channels
+    if channels is None and stem is not None and of_usual is not None and stem.dim() == of_usual.dim() == 4:
+        channels = 3 * stem.shape[1] // of_usual.shape[1]  # of stems after which pixels are channels, too
     classes = {} if head is None else {"num_classes": head.shape[0]}
     model = _create(name, config.image_size, **classes, **_channels(channels))
     load_into(model, state, name, path)
@@ -316,18 +348,32 @@ def _cfg(model: nn.Module) -> Mapping[str, Any]:
 def _config_of_transformers(model: nn.Module) -> dict[str, Any]:
     """The image size that a model of transformers says in its config, if it has one."""
     config = getattr(model, "config", None)
+    if isinstance(of_timm := getattr(config, "pretrained_cfg", None), Mapping):  # of one of timm's, wrapped
+        return dict(of_timm)
+    config = getattr(config, "vision_config", config)  # of one half of a model of images and text
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if not size or not channels:
         return {}
     return {"input_size": (channels, *((size, size) if isinstance(size, int) else size))}
 
 
-def _input_channels(model: nn.Module) -> int | None:
+def _input_channels(model: nn.Module, size: Any) -> int | None:
     said = next(iter(_cfg(model).get("input_size") or ()), None)
     found = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    # With in_chans= timm changes the network alone, whose first convolution is the first that it has.
+    # With in_chans= timm changes the network alone, whose first convolution tells, unless pixels are its channels.
     timms = type(unwrapped(model)).__module__.startswith("timm.")
-    return found or said if timms else said or found
+    if not (timms and said and found and size) or said == found:
+        return said or found
+    return found if _takes(model, found, size) else said
+
+
+def _takes(model: nn.Module, channels: int, size: Any) -> bool:
+    try:
+        with frozen(model), torch.no_grad():
+            model(torch.zeros(2, channels, *size, device=device_of(model)))
+    except Exception:  # whatever a stranger's forward raises
+        return False
+    return True
 
 
 def _per_channel(name: str, given: tuple | None, known: tuple, channels: int) -> tuple[float, ...]:

@@ -139,6 +139,7 @@ class Terms:
     functions: dict[str, Function]
     modules: nn.ModuleList = field(default_factory=nn.ModuleList)
     """Those that have weights of their own."""
+    tried: bool = False
 
     @classmethod
     def of(
@@ -181,14 +182,19 @@ class Terms:
             ValueError: a term is not a scalar, or nothing that is to learn has a part in any.
         """
         values: dict[str, Tensor] = {}
+        learning = torch.is_grad_enabled()
         for name, function in self.functions.items():
             value = function(scene)
             if not isinstance(value, Tensor) or value.dim():
                 given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
                 raise ValueError(f"objective {name!r} gives {given}; it must give a scalar, a tensor of shape ().")
             values[name] = value.float()
+        if learning and not self.tried:
+            idle = [name for name, value in values.items() if not value.requires_grad]
+            scene.pair.notes += [f"{name} does nothing: what it measures has no gradient" for name in idle]
+            self.tried = True
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
-        if torch.is_grad_enabled() and not total.requires_grad:
+        if learning and not total.requires_grad:
             raise ValueError(f"nothing that learns has a part in {' and '.join(values)}: there is no gradient.")
         return total, values
 

@@ -45,6 +45,8 @@ class Pair:
     student_tokens: torch.Size | None
     notes: list[str] = field(default_factory=list)
     task: Classification = field(default_factory=Classification)
+    overwriting: Collection[Role] = ()
+    """Whose forward changes the images that it is given."""
     _untappable: dict[tuple[Role, What], str | None] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -131,6 +133,8 @@ class Pair:
         """
         if model is self.student:
             images = self.convert(images)
+        if ("student" if model is self.student else "teacher") in self.overwriting:
+            images = images.clone()
         what = [tapped for need, tapped in TAPPED.items() if need in needs]
         if not what:
             return self.task.look(model, images)
@@ -149,9 +153,11 @@ class Pair:
             model, spec = (self.student, self.convert.student) if role == "student" else (self.teacher, self.spec)
             self._untappable[role, what] = None
             try:
-                with frozen(model), torch.no_grad(), taps(model, what=[what]):
+                with frozen(model), torch.no_grad(), taps(model, what=[what]) as tapped:
                     self.task.look(model, _blank(spec, self.device))
-            except (ValueError, TypeError) as error:
+                records = tapped.tokens if what == "tokens" else tapped.qkv
+                [records[block] for block in range(depth(model))]
+            except (ValueError, TypeError, KeyError) as error:
                 self._untappable[role, what] = str(error).partition(";")[0].rstrip(".")
         return self._untappable[role, what]
 
@@ -164,7 +170,7 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
     """
     task = task_of(config)
     spec = image_spec(teacher, config)
-    classes, teacher_tokens = probe(teacher, spec, device, "teacher", task)
+    classes, teacher_tokens, teacher_writes = probe(teacher, spec, device, "teacher", task)
     if isinstance(student, str):
         name, own_spec = student, spec
         student = task.create_student(student, spec, classes)
@@ -174,22 +180,32 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
         name, own_spec = type(student).__name__, student_image_spec(student, teacher, spec)
     check_apart(teacher, student)
     student = student.to(device)
-    student_classes, student_tokens = probe(student, own_spec, device, "student", task)
+    student_classes, student_tokens, student_writes = probe(student, own_spec, device, "student", task)
     if student_classes != classes:
         raise ValueError(f"student knows {student_classes} classes and teacher {classes}; they must be the same.")
 
     if not any(weight.requires_grad for weight in student.parameters()):
         raise ValueError(f"student {name} has no weight with requires_grad=True, so it cannot learn.")
 
+    if made_under_inference := [weight for weight, value in student.named_parameters() if value.is_inference()]:
+        raise ValueError(
+            f"the student's {made_under_inference[0]} was made under torch.inference_mode(), so it cannot learn; make "
+            f"the student outside."
+        )
+
     convert = Conversion(spec, own_spec).to(device)
     facts = model_facts(teacher, spec, teacher_name(teacher)), model_facts(student, own_spec, name)
     named = task.name_classes(teacher, student)
     notes = [note for note in [normalisation_note(teacher, config), convert.note(), named] if note]
+    if getattr(teacher, "num_classes", None) == 0:
+        notes.append("teacher: it has no classifier (num_classes is 0); its features are taken for logits of classes")
     if config.accelerate:
         from vitkd_fast.accelerate import accelerate
 
         accelerated = {"teacher": accelerate(teacher), "student": accelerate(student)}
         notes += [f"{role}: {result}" for role, result in accelerated.items() if result.switched or result.kept]
+    writing: list[Role] = ["teacher"] if teacher_writes else []
+    writing += ["student"] if student_writes else []
     return Pair(
         teacher,
         student,
@@ -202,6 +218,7 @@ def make_pair(teacher: nn.Module, student: nn.Module | str, config: Config, devi
         student_tokens=student_tokens,
         notes=notes,
         task=task,
+        overwriting=writing,
     )
 
 
@@ -257,20 +274,23 @@ def _blank(spec: ImageSpec, device: torch.device) -> Tensor:
 
 def probe(
     model: nn.Module, spec: ImageSpec, device: torch.device, role: Role, task: Classification
-) -> tuple[int, torch.Size | None]:
-    """How many classes it knows, and the shape of two blank images' last tokens; it stays as it was.
+) -> tuple[int, torch.Size | None, bool]:
+    """How many classes it knows, the shape of two blank images' last tokens, whether its forward changes the images
+    that it is given; it stays as it was.
 
     Raises:
         ValueError: it does not take such images, or does not give for them what the task needs.
     """
     images = _blank(spec, device)
+    before = images._version
     try:
         with frozen(model), torch.no_grad():
             seen = task.look(model, images)
     except Exception as error:  # whatever a stranger's forward raises
         hint = {
             "teacher": "If they are not its images, pass image_size= and channels=.",
-            "student": "Give it pretrained_cfg = dict(input_size=(channels, height, width)) if it takes another size.",
+            "student": f"It is to take {spec.channels} channels, as the teacher does; give it pretrained_cfg = "
+            f"dict(input_size=(channels, height, width)) if it takes another size.",
         }
         dtypes = {weight.dtype for weight in model.parameters()} - {torch.float32}
         if dtypes:
@@ -284,4 +304,4 @@ def probe(
         classes = task.classes(seen)
     except ValueError as error:
         raise ValueError(f"{role} {error}") from error
-    return classes, None if seen.tokens is None else seen.tokens.shape
+    return classes, None if seen.tokens is None else seen.tokens.shape, images._version != before

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkd_fast._version import __version__
 from vitkd_fast.generator import ImageSpec
-from vitkd_fast.models import device_of, frozen
+from vitkd_fast.models import as_written, device_of, frozen, unwrapped
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ModelFacts:
 
     name: str
     parameters: int
-    flops: int
+    flops: int | None
     bytes: int
 
 
@@ -68,7 +68,8 @@ class Report:
             ("teacher", self.teacher, self.teacher_map50 if detects else self.teacher_accuracy),
             ("student", self.student, self.student_map50 if detects else self.student_accuracy),
         ):
-            sizes = f"{facts.parameters:,}", f"{facts.flops / 1e6:,.1f} M", f"{facts.bytes / 1e6:,.2f} MB"
+            flops = "-" if facts.flops is None else f"{facts.flops / 1e6:,.1f} M"
+            sizes = f"{facts.parameters:,}", flops, f"{facts.bytes / 1e6:,.2f} MB"
             rows.append((role, *sizes, percent(accuracy)))
         lines = [
             "".join(f"{cell:>{width}}" for cell, width in zip(row, (7, 16, 16, 14, 11), strict=True)) for row in rows
@@ -89,20 +90,36 @@ def model_facts(model: nn.Module, spec: ImageSpec, name: str) -> ModelFacts:
     """Count a model's parameters, saved bytes, and the operations of its matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
 
-    image = torch.zeros(1, spec.channels, spec.height, spec.width, device=device_of(model))
+    images = torch.zeros(2, spec.channels, spec.height, spec.width, device=device_of(model))
     attention = dict.fromkeys((torch.ops.vitkd.attention, torch.ops.vitkd_triton.attention), _attention_flops)
     counter = FlopCounterMode(display=False, custom_mapping=attention | _convolution_flops())
-    with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # MATH: products the counter knows
-        model(image)
+    flops: int | None = None
+    with contextlib.suppress(Exception):  # the counter looks at every operation, which not every model bears
+        # MATH: products that it knows
+        with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), as_written(model), counter:
+            unwrapped(model)(images)
+        flops = counter.get_total_flops() // 2
     weights: list[torch.Tensor] = [*model.parameters()]
     weights = weights or [one for one in model.buffers() if one.is_floating_point()]  # of an exported one
     held = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
     return ModelFacts(
         name=name,
         parameters=sum(weight.numel() for weight in weights),
-        flops=counter.get_total_flops(),
-        bytes=sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values()),  # what is tied is saved once
+        flops=flops,
+        bytes=sum({_place(tensor): _size(tensor) for tensor in held}.values()),  # what is tied is saved once
     )
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Where it is in memory; of sparse ones and of those with others inside, where that is not known, itself."""
+    with contextlib.suppress(RuntimeError):
+        return tensor.data_ptr() or id(tensor)
+    return id(tensor)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    count = tensor.numel() if tensor.layout is torch.strided else tensor._nnz()
+    return count * tensor.element_size()
 
 
 def versions(device: torch.device) -> dict[str, str]:

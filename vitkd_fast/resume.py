@@ -91,9 +91,11 @@ class Saves:
         except Exception as error:  # a full disk; but also what pickle says of a part of the user's own
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-            note = f"the run could not be saved: {(str(error) or type(error).__name__).splitlines()[0]}"
-            if note not in self.pair.notes:
-                self.pair.notes.append(note)
+            why = error.__context__  # of torch's "unexpected pos"
+            cause = why if isinstance(why, OSError) else error
+            note = "the run could not be saved: "
+            if not any(told.startswith(note) for told in self.pair.notes):
+                self.pair.notes.append(note + (str(cause) or type(cause).__name__).splitlines()[0])
             return False
         finally:
             self.last = time.monotonic()

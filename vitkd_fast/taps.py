@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_fast.accelerate import _foreign_reason, _FusedAttention, _is_attention, _timm_class
+from vitkd_fast.models import as_written
 
 What = Literal["qkv", "tokens"]
 Block = int | str
@@ -23,8 +24,7 @@ class Records(dict[Block, Tensor]):
     def __missing__(self, block: Block) -> Tensor:
         if block in self.wanted:
             raise KeyError(
-                f"no {self.what} of block {block!r} yet: call the model inside the context, not a copy or a version "
-                f"of it that was compiled before."
+                f"no {self.what} of block {block!r} yet: call the model inside the context, not a copy of it."
             )
         known = ", ".join(map(repr, self.wanted)) or "none"
         raise KeyError(f"{self.what} of block {block!r} is not tapped; tapped blocks: {known}.")
@@ -104,7 +104,8 @@ def taps(
                 handles.append(module.register_forward_hook(_record_tokens(tapped.tokens, block)))
         for block, attention in attentions.items():
             handles += _tap_qkv(attention, tapped.qkv, block)
-        yield tapped
+        with as_written(model):
+            yield tapped
     finally:
         for handle in handles:
             handle.remove()
