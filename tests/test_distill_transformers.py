@@ -1,6 +1,7 @@
 """Classifiers of transformers as teachers and students: logits, last tokens and their grid, evaluation."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ pytest.importorskip("transformers")
 
 import transformers
 
+from vitkd_fast.config import Config
 from vitkd_fast.distill import distill
 from vitkd_fast.generator import ImageSpec
 from vitkd_fast.layout import Layout, layout_of
-from vitkd_fast.models import forward
+from vitkd_fast.models import forward, image_spec
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": SIZE,
@@ -92,3 +94,24 @@ def test_a_student_calls_its_classes_what_the_teacher_calls_them(tmp_path):
     assert [said["id2label"][str(label)] for label in range(4)] == names
     assert [said["label2id"][name] for name in names] == [0, 1, 2, 3]
     assert any("calls the classes what the teacher's does" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("Siglip", 0), ("CLIP", 1)])
+def test_one_half_of_a_model_of_images_and_text_is_a_vit(kind, prefix):
+    sizes = {name: value for name, value in SIZES.items() if name != "num_labels"}
+    config = getattr(transformers, f"{kind}Config")(vision_config=sizes, num_labels=CLASSES)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    assert image_spec(model, Config()) == SPEC
+    with torch.no_grad():
+        tokens = forward(model, torch.randn(3, 1, SIZE, SIZE))[1]
+    assert tokens is not None and tokens.shape == (3, prefix + 4, 16)
+    report = distill(model, timm_vit(8), steps=2, **QUICK | {"method": "best"}).report
+    assert not [note for note in report.notes if "has no forward_features" in note]
+
+
+def test_what_a_wrapped_model_of_timm_says_of_its_images_is_read():
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(
+        pretrained_cfg={"input_size": (1, SIZE, SIZE), "mean": (0.1,), "std": (0.4,)}, image_size=None
+    )
+    assert image_spec(model, Config()) == ImageSpec(SIZE, SIZE, (0.1,), (0.4,))
