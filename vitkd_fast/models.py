@@ -218,44 +218,39 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 
     Gradients still flow through to the images: a third of the backward pass, the weights', is not computed.
     """
-    modes = [(module, getattr(module, "training", None)) for model in models for module in model.modules()]
+    modes = [(module, module.training) for model in models for module in model.modules() if hasattr(module, "training")]
+    roots = [(model, model.training) for model in models if hasattr(model, "training")]  # not frozen TorchScript
     parameters = (weight for model in models for weight in model.parameters())
     trainable = [weight for weight in parameters if weight.requires_grad and not weight.is_inference()]
-    roots = [(model, getattr(model, "training", None)) for model in models]
     try:
-        _set_modes([(root, None if training is None else False) for root, training in roots], modes, False)
+        _turn([(root, False) for root, _ in roots], [(module, False) for module, _ in modes])
         for weight in trainable:
             weight.requires_grad_(False)
         yield
     finally:
-        _set_modes(roots, modes)
+        _turn(roots, modes)
         for weight in trainable:
             weight.requires_grad_(True)
 
 
-def _set_modes(roots: list, modes: list, every: bool | None = None) -> None:
-    """By train(), where models drop what they keep from pass to pass in eval mode, then each module's as it is to be.
-
-    A frozen model of TorchScript has no mode, an exported one no train().
-    """
+def _turn(roots: list[tuple[nn.Module, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
+    """By train(), where some models drop what they keep in eval mode from pass to pass; then each module by itself."""
     for root, training in roots:
-        if training is not None:
-            with contextlib.suppress(NotImplementedError):
-                root.train(training)
+        with contextlib.suppress(NotImplementedError):  # of an exported one
+            root.train(training)
     for module, training in modes:
-        if training is not None:
-            module.training = training if every is None else every
+        module.training = training
 
 
 @contextmanager
 def as_written(model: nn.Module) -> Iterator[None]:
     """Inside, what torch.compile made of the model or of parts of it runs by its Python code, where hooks are heard."""
-    compiled = any(hasattr(module, "_orig_mod") or _is_compiled(module) for module in model.modules())
+    compiled = any("_orig_mod" in module._modules or _compiled_in_place(module) for module in model.modules())
     with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
         yield
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def _compiled_in_place(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
