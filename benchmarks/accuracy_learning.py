@@ -57,7 +57,7 @@ def _instead_of_synthesis(generator: str) -> dict[str, Any]:
 def learning_from_labels(bench: Bench, teacher: Teacher, student: nn.Module, seed: int, steps: int) -> Learning:
     """With the optimiser and the learning rate that `distill` would use."""
     task, spec = bench.task, teacher.spec
-    classes, tokens = probe(student, spec, bench.device, "student", Classification())
+    classes, tokens, _ = probe(student, spec, bench.device, "student", Classification())
     recipe = replace(
         task.recipe,
         steps=steps,

@@ -311,7 +311,7 @@ def train_on_labels(
                     loss = loss + (1 - share) * F.cross_entropy(logits, others)
             optimizer.step(loss, {"loss": loss}, step / recipe.steps)
             if (step + 1) % 1000 == 0:
-                means, bad = optimizer.ledger.read()
+                means, bad, _ = optimizer.ledger.read()
                 skipped = f", {max(bad.values())} steps skipped: not finite" if bad else ""
                 seconds = time.perf_counter() - start
                 say(f"step {step + 1:,} of {recipe.steps:,}, loss {means.get('loss', 0):.4f}, {seconds:.0f} s{skipped}")

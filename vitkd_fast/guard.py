@@ -42,10 +42,11 @@ class Ledger:
     def read(self) -> tuple[dict[str, float], dict[str, int], int]:
         """Means of what was finite since the last read; since the start, non-finite counts and steps with any. Here the
         host waits."""
-        sums, counts, bad = self.table.tolist()
+        *table, steps = torch.cat((self.table.flatten(), self.skipped.view(1))).tolist()
+        sums, counts, bad = (table[row * len(self.names) :][: len(self.names)] for row in range(3))
         self.table[:2] = 0
         means = {name: total / count for name, total, count in zip(self.names, sums, counts, strict=True) if count}
-        return means, {name: int(n) for name, n in zip(self.names, bad, strict=True) if n}, int(self.skipped)
+        return means, {name: int(n) for name, n in zip(self.names, bad, strict=True) if n}, int(steps)
 
 
 class GuardedOptimizer:

@@ -139,6 +139,7 @@ class Terms:
     functions: dict[str, Function]
     modules: nn.ModuleList = field(default_factory=nn.ModuleList)
     """Those that have weights of their own."""
+    notes: list[str] = field(default_factory=list)
     tried: bool = False
 
     @classmethod
@@ -165,7 +166,7 @@ class Terms:
             else:
                 pair.notes.append(f"{objective.name} is off: {missing}")
         modules = nn.ModuleList(function for function in functions.values() if isinstance(function, nn.Module))
-        return cls(chosen, {one.name: weights[one.name] for one in chosen}, functions, modules)
+        return cls(chosen, {one.name: weights[one.name] for one in chosen}, functions, modules, pair.notes)
 
     @property
     def names(self) -> list[str]:
@@ -191,7 +192,7 @@ class Terms:
             values[name] = value.float()
         if learning and not self.tried:
             idle = [name for name, value in values.items() if not value.requires_grad]
-            scene.pair.notes += [f"{name} does nothing: what it measures has no gradient" for name in idle]
+            self.notes += [f"{name} does nothing: what it measures has no gradient" for name in idle]
             self.tried = True
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         if learning and not total.requires_grad:

@@ -289,8 +289,8 @@ def probe(
     except Exception as error:  # whatever a stranger's forward raises
         hint = {
             "teacher": "If they are not its images, pass image_size= and channels=.",
-            "student": f"It is to take {spec.channels} channels, as the teacher does; give it pretrained_cfg = "
-            f"dict(input_size=(channels, height, width)) if it takes another size.",
+            "student": "Give it pretrained_cfg = dict(input_size=(channels, height, width)) if it takes another size; "
+            "it is to take as many channels as the teacher.",
         }
         dtypes = {weight.dtype for weight in model.parameters()} - {torch.float32}
         if dtypes:

@@ -198,35 +198,51 @@ __device__ __forceinline__ float raise(const Scores<kTiles>& scores, int row, fl
   return now;
 }
 
-// Up to here largest * factor rounds by less than a weight of bfloat16 does, so exponents may come by one fma each; far
-// beyond it, by more than an exponent can be.
-constexpr float kFusable = 1 << 14;
+// What is to be taken off a row's exponents, factor * score, that the largest becomes 0, in the fused multiply-add that
+// makes them. As long as it is small, `shift` is rounded by less than a weight of bfloat16 is; where by more than an
+// exponent can be, the largest is taken off the scores themselves.
+template <int kTiles>
+__device__ __forceinline__ float shift_of(Scores<kTiles>& scores, int row, float peak, float shift) {
+  constexpr float kSmall = 1 << 14;
+  if (!(fabsf(shift) >= kSmall)) return shift;  // NaN stays
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) scores[i / 4][i / 2 % 2][2 * row + i % 2] -= peak;
+  return 0;
+}
 
 // A part of a strip's scores becomes weights, left operands for `out`, which has the earlier parts' output, if there
 // are any. kFused: by one fma each, which is as good only where the largest weight rounds to 1 all the same.
 template <class T, bool kEarlier, bool kFused, int kTiles, int kColumns>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[kTiles][4], const Scores<kTiles>& scores, float factor,
+__device__ __forceinline__ void weigh(uint32_t (&weights)[kTiles][4], Scores<kTiles>& scores, float factor,
                                       float (&shift)[2], float (&sum)[2], float (&out)[kColumns][4]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const float now = raise<kEarlier>(scores, row, factor, shift, sum, out);
-    const float scaled = fmaxf(now * factor, kLowest);
-    const auto exponentiate = [&](auto fused) {
-      const auto weight = [&](float score) {
-        return fast_exp2(decltype(fused)::value ? fmaf(score, factor, -scaled) : (score - now) * factor);
-      };
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float (&four)[4] = scores[i / 2][i % 2];
-        const float left = weight(four[2 * row]), right = weight(four[2 * row + 1]);
-        sum[row] += left;
-        sum[row] += right;
-        weights[i / 2][i % 2 * 2 + row] = pack<T>(left, right);
-      }
+    const float scaled = kFused ? shift_of(scores, row, now, fmaxf(now * factor, kLowest)) : 0;
+    const auto weight = [&](float score) {
+      return fast_exp2(kFused ? fmaf(score, factor, -scaled) : (score - now) * factor);
     };
-    if (kFused && fabsf(scaled) < kFusable) exponentiate(std::true_type{});
-    else exponentiate(std::false_type{});
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const float (&four)[4] = scores[i / 2][i % 2];
+      const float left = weight(four[2 * row]), right = weight(four[2 * row + 1]);
+      sum[row] += left;
+      sum[row] += right;
+      weights[i / 2][i % 2 * 2 + row] = pack<T>(left, right);
+    }
   }
+}
+
+// By what a row's scores are multiplied to become exponents in a fused multiply-add, from which the largest of them,
+// rounded, is taken off. What it is off by is in all of a row's weights and goes with their sum, unless it is more than
+// an exponent can be: from 2^30 on a power of two, by which nothing is rounded, does as well, for there two scores that
+// differ do so by 32 or more. Not on sm_100, where the one register that it takes is one too many.
+__device__ __forceinline__ float factor_of(float peak, float factor) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+  return factor;
+#endif
+  constexpr float kLarge = 1 << 30;
+  return fabsf(peak * factor) >= kLarge ? __uint_as_float(__float_as_uint(factor) & 0xff800000u) : factor;
 }
 
 // A strip's whole softmax, as left operands.
@@ -234,18 +250,14 @@ template <class T, int kTiles>
 __device__ __forceinline__ void softmax(uint32_t (&weights)[kTiles][4], Scores<kTiles>& scores, float factor) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float peak = largest(scores, row), shift = peak * factor;
+    const float peak = largest(scores, row), exact = factor_of(peak, factor), shift = peak * exact;
     float sum = 0;
-    const auto exponentiate = [&](auto fused) {
 #pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
-        float& score = scores[i / 4][i / 2 % 2][2 * row + i % 2];
-        score = fast_exp2(decltype(fused)::value ? fmaf(score, factor, -shift) : (score - peak) * factor);
-        sum += score;
-      }
-    };
-    if (fabsf(shift) < kFusable) exponentiate(std::true_type{});
-    else exponentiate(std::false_type{});
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      float& score = scores[i / 4][i / 2 % 2][2 * row + i % 2];
+      score = fast_exp2(fmaf(score, exact, -shift));
+      sum += score;
+    }
     const float inverse = reciprocal(quad_sum(sum));
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {

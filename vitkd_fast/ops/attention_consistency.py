@@ -198,9 +198,12 @@ def fused_log_saliency(qkv: Tensor, queries: Tensor, keys: Tensor, scale: float)
     """`log_saliency` of a packed qkv by the CPU's kernel, unless a key gets next to nothing, which is less than sums of
     weights can hold."""
     saliency = _Shares.apply(keepable(qkv), queries, keys, scale).mean(1)
-    if saliency.numel() == 0 or saliency.detach().amin() > LEAST:
-        return saliency.log()
-    return log_saliency(qkv.to(saliency.dtype), queries, keys, scale)
+    return saliency.log() if _held(saliency) else log_saliency(qkv.to(saliency.dtype), queries, keys, scale)
+
+
+def _held(saliency: Tensor) -> bool:
+    """Read on the CPU alone."""
+    return saliency.numel() == 0 or bool(saliency.detach().amin() > LEAST)
 
 
 def attention_consistency_formula(log_before: Tensor, log_after: Tensor) -> Tensor:

@@ -27,6 +27,17 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 namespace simt {
 
 struct Index {
