@@ -164,20 +164,20 @@ Verdict = dict[str, tuple[float, float, torch.dtype]] | str
 def check_loss(
     contender: Contender, inputs: Sequence[Tensor], exact: Callable[..., Tensor], formula: Callable[..., Tensor]
 ) -> Verdict:
-    """Of a scalar loss and its gradients by those of the inputs, all but the last, that require one; `exact` is given
-    them as float64."""
+    """Of a loss, a scalar or each image's, and the gradients of its sum by those of the inputs, all but the last, that
+    require one; `exact` is given them as float64."""
     arguments = inputs[:-1]
     learn = [one for one in arguments if one.requires_grad]
     try:
         with contender.context():
             loss = contender.function(*arguments)
-            grads = torch.autograd.grad(loss, learn)
+            grads = torch.autograd.grad(loss.sum(), learn)
     except Exception as error:
         return _first_line(error)
     precise = [one.detach().double().requires_grad_(one.requires_grad) for one in arguments]
     exact_loss, plain_loss = exact(*precise), formula(*arguments)
-    exact_grads = torch.autograd.grad(exact_loss, [one for one in precise if one.requires_grad])
-    plain_grads = torch.autograd.grad(plain_loss, learn)
+    exact_grads = torch.autograd.grad(exact_loss.sum(), [one for one in precise if one.requires_grad])
+    plain_grads = torch.autograd.grad(plain_loss.sum(), learn)
     worst, plain_worst = (
         max(relative_error(grad, expected) for grad, expected in zip(found, exact_grads, strict=True))
         for found in (grads, plain_grads)

@@ -5,22 +5,8 @@ import sys
 from functools import partial
 
 import torch
-from _common import (
-    DTYPES,
-    OUT_OF_TIME,
-    Contender,
-    Row,
-    check_loss,
-    copies,
-    dtypes,
-    finish,
-    forward_backward_of,
-    forward_of,
-    measured_rows,
-    out_of_time,
-    parser,
-    start,
-)
+from _common import DTYPES, Row, dtypes, finish, parser, start
+from _losses import compared, rate
 from _sizes import sizes
 
 from vitkd_fast.ops import attention_consistency
@@ -45,7 +31,7 @@ def formula(before, after, grid: int, dtype: torch.dtype = torch.float32):
     patches = torch.arange(1, grid * grid + 1, device=before.device)
     mirrored = patches.view(grid, grid).flip(1).flatten()
     saliencies = log_saliency(before.to(dtype), patches, patches), log_saliency(after.to(dtype), mirrored, mirrored)
-    return attention_consistency_formula(*saliencies).mean()
+    return attention_consistency_formula(*saliencies)
 
 
 def run_case(size: tuple[int, ...], name: str, measured, arguments) -> list[Row]:
@@ -55,33 +41,17 @@ def run_case(size: tuple[int, ...], name: str, measured, arguments) -> list[Row]
     def make(seed: int):
         shape = images, 1 + patches, 3, heads, head_dim
         sides = (torch.randn(shape, device=arguments.device).to(DTYPES[name]).requires_grad_() for _ in range(2))
-        return *sides, torch.ones((), device=arguments.device)
+        return *sides, torch.ones(images, device=arguments.device)
 
-    inputs = copies(make, arguments.device)
-    torch._dynamo.reset()
-    ours = partial(attention_consistency, transform=HorizontalFlip(), grid=(grid, grid), prefix_tokens=1)
-    contenders = [
-        Contender("vitkd", ours, ours=True),
-        Contender("formula", partial(formula, grid=grid)),
-        Contender("formula torch.compile", partial(torch.compile(formula, dynamic=False), grid=grid)),
-    ]
-    contenders = [each for each in contenders if not any(word in each.name for word in arguments.skip)]
-    exact, plain = partial(formula, grid=grid, dtype=torch.float64), partial(formula, grid=grid)
-    verdicts = {
-        each.name: OUT_OF_TIME if out_of_time(arguments) else check_loss(each, inputs[0], exact, plain)
-        for each in contenders
-    }
+    # Each image's loss: next to nothing, it is what is left of large terms, and one mean's error would be luck.
+    options = dict(transform=HorizontalFlip(), grid=(grid, grid), prefix_tokens=1, reduction="none")
+    ours = partial(attention_consistency, **options)
+    case = f"{name} {','.join(map(str, size))}"
+    forward, backward = compared(case, ours, partial(formula, grid=grid), make, arguments)
     product = 2 * 2 * images * heads * patches**2 * head_dim  # of both sides
-    rows = []
-    for direction, wrap, products in (("forward", forward_of, 1), ("forward+backward", forward_backward_of, 4)):
-        case = f"{name} {','.join(map(str, size))}"
-        for row in measured_rows(case, direction, contenders, verdicts, wrap, inputs, arguments):
-            row.chosen = row.ours
-            if row.median:
-                row.gflops = products * product / row.median / 1e3
-                row.share = row.gflops / measured.products(name)
-            rows.append(row)
-    return rows
+    rate(forward, product, measured.products(name))
+    rate(backward, 4 * product, measured.products(name))
+    return forward + backward
 
 
 if __name__ == "__main__":

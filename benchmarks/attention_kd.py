@@ -5,22 +5,8 @@ import sys
 from functools import partial
 
 import torch
-from _common import (
-    DTYPES,
-    OUT_OF_TIME,
-    Contender,
-    Row,
-    check_loss,
-    copies,
-    dtypes,
-    finish,
-    forward_backward_of,
-    forward_of,
-    measured_rows,
-    out_of_time,
-    parser,
-    start,
-)
+from _common import DTYPES, Row, dtypes, finish, parser, start
+from _losses import compared, rate
 from _sizes import sizes
 
 from vitkd_fast.ops import attention_kd
@@ -64,33 +50,12 @@ def run_case(size: tuple[int, ...], name: str, kind: str, measured, arguments) -
         ]
         return sides[0].requires_grad_(), sides[1], torch.ones((), device=arguments.device)
 
-    inputs = copies(make, arguments.device)
-    torch._dynamo.reset()
-    contenders = [
-        Contender("vitkd", partial(attention_kd, kind=kind), ours=True),
-        Contender("formula", partial(formula, kind=kind)),
-        Contender("formula torch.compile", partial(torch.compile(formula, dynamic=False), kind=kind)),
-    ]
-    contenders = [each for each in contenders if not any(word in each.name for word in arguments.skip)]
-    exact, plain = partial(formula, kind=kind, dtype=torch.float64), partial(formula, kind=kind)
-    verdicts = {
-        each.name: OUT_OF_TIME if out_of_time(arguments) else check_loss(each, inputs[0], exact, plain)
-        for each in contenders
-    }
+    case = f"{name} {','.join(map(str, size))}"
+    forward, backward = compared(case, partial(attention_kd, kind=kind), partial(formula, kind=kind), make, arguments)
     product = 2 * images * tokens**2 * head_dim
-    rows = []
-    for direction, wrap, products in (
-        ("forward", forward_of, student_heads + teacher_heads),
-        ("forward+backward", forward_backward_of, 3 * student_heads + teacher_heads),
-    ):
-        case = f"{name} {','.join(map(str, size))}"
-        for row in measured_rows(case, direction, contenders, verdicts, wrap, inputs, arguments):
-            row.chosen = row.ours
-            if row.median:
-                row.gflops = products * product / row.median / 1e3
-                row.share = row.gflops / measured.products(name)
-            rows.append(row)
-    return rows
+    rate(forward, (student_heads + teacher_heads) * product, measured.products(name))
+    rate(backward, (3 * student_heads + teacher_heads) * product, measured.products(name))
+    return forward + backward
 
 
 if __name__ == "__main__":

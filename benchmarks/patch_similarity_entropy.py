@@ -4,22 +4,8 @@ import sys
 from functools import partial
 
 import torch
-from _common import (
-    DTYPES,
-    OUT_OF_TIME,
-    Contender,
-    Row,
-    check_loss,
-    copies,
-    dtypes,
-    finish,
-    forward_backward_of,
-    forward_of,
-    measured_rows,
-    out_of_time,
-    parser,
-    start,
-)
+from _common import DTYPES, Row, dtypes, finish, parser, start
+from _losses import compared
 from _sizes import sizes
 
 from vitkd_fast.ops import patch_similarity_entropy
@@ -50,27 +36,9 @@ def run_case(size: tuple[int, ...], name: str, arguments) -> list[Row]:
         tokens = torch.randn(size, device=arguments.device).to(DTYPES[name])
         return tokens.requires_grad_(), torch.ones((), device=arguments.device)
 
-    inputs = copies(make, arguments.device)
-    torch._dynamo.reset()
-    contenders = [
-        Contender("vitkd", partial(patch_similarity_entropy, bandwidth=BANDWIDTH), ours=True),
-        Contender("formula", formula),
-        Contender("formula torch.compile", torch.compile(formula, dynamic=False)),
-    ]
-    contenders = [each for each in contenders if not any(word in each.name for word in arguments.skip)]
-    exact = partial(formula, dtype=torch.float64)
-    verdicts = {
-        each.name: OUT_OF_TIME if out_of_time(arguments) else check_loss(each, inputs[0], exact, formula)
-        for each in contenders
-    }
-    rows = []
-    for direction, wrap in (("forward", forward_of), ("forward+backward", forward_backward_of)):
-        rows += measured_rows(
-            f"{name} {','.join(map(str, size))}", direction, contenders, verdicts, wrap, inputs, arguments
-        )
-    for row in rows:
-        row.chosen = row.ours
-    return rows
+    ours = partial(patch_similarity_entropy, bandwidth=BANDWIDTH)
+    forward, backward = compared(f"{name} {','.join(map(str, size))}", ours, formula, make, arguments)
+    return forward + backward
 
 
 if __name__ == "__main__":

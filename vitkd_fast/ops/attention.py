@@ -140,10 +140,11 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 def _by_torch(qkv: Tensor, scale: float) -> Tensor:
     """torch's own attention, kept from what breaks its kernels: on a GPU what is not aligned, on the CPU strides after
     which it lays out a result that it then writes as if it were contiguous."""
-    if is_plain(qkv) and not (_loads_by_16_bytes(qkv) if qkv.is_cuda else _is_packed(qkv)):
-        qkv = qkv.clone(memory_format=torch.contiguous_format)
-    if is_plain(qkv) and len(qkv) > (most := _most_images(qkv)):
-        return torch.cat([_by_torch(part, scale) for part in qkv.split(most)])
+    if is_plain(qkv):
+        if not (_loads_by_16_bytes(qkv) if qkv.is_cuda else _is_packed(qkv)):
+            qkv = qkv.clone(memory_format=torch.contiguous_format)
+        if len(qkv) > (most := _most_images(qkv)):
+            return torch.cat([_by_torch(part, scale) for part in qkv.split(most)])
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     if abs(scale) < torch.finfo(torch.float32).tiny:  # FlashAttention hides by -inf before it multiplies by the scale
         query, scale = query * scale, 1.0
